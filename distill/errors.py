@@ -1,0 +1,40 @@
+"""Every error that distill raises on purpose.
+
+DistillError
+├── UserError          bad usage or input: one message, no traceback, exit status 2
+│   ├── ConfigError    a key, a type or a combination in the configuration
+│   ├── DataError      the dataset
+│   ├── TeacherError   the model, its tokenizer or its device
+│   └── StoreError     the store: not one, another run's, damaged, unwritable
+└── NumericalError     the teacher produced NaN or infinite logits: exit status 1
+
+A message says what was expected, what was found, and where (key, file, sample, block).
+"""
+
+
+class DistillError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(DistillError, ValueError):
+    """Something the user can put right."""
+
+
+class ConfigError(UserError):
+    """The configuration."""
+
+
+class DataError(UserError):
+    """The dataset."""
+
+
+class TeacherError(UserError):
+    """The model, its tokenizer or its device."""
+
+
+class StoreError(UserError):
+    """The store."""
+
+
+class NumericalError(DistillError, ArithmeticError):
+    """The teacher's logits are NaN or infinite."""

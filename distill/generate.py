@@ -1,0 +1,113 @@
+"""Run the teacher over a dataset and keep what it says, in one store that all workers write.
+
+    python -m distill.generate                                              # the embedded demo, one worker
+    torchrun --nproc_per_node 8 -m distill.generate                         # the same on 8 workers, GPU or CPU
+    torchrun --nproc_per_node 8 -m distill.generate configs/eight_gpus.yaml dataset.path=texts.jsonl
+
+1. tokenize  the dataset into samples                               (worker 0)
+2. plan      where each sample lies; create the store, its tokens   (worker 0)
+3. deal      the blocks that are not committed yet, to the workers
+4. forward   the teacher over a block, batch by batch, and capture what is kept of its logits
+5. write     the block's arrays in the background, then its commit
+6. finish    check the commits, mark the store complete, sum up     (worker 0)
+
+The same command again does what is missing, whatever the number of workers.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill import __version__
+from distill.config import GenerateConfig, help_text, load, to_yaml
+from distill.errors import StoreError
+from distill.log import Session
+from distill.parallel import Grid
+
+logger = logging.getLogger("distill.generate")  # __name__ is __main__ here
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run with these command-line arguments; return the exit status: 0 done, 1 failed, 2 bad usage or input."""
+    if {"--help", "-h"} & {*arguments}:
+        print(help_text("[torchrun --nproc_per_node N | python] -m distill.generate"))
+        return 0
+    grid = Grid.from_environment()
+    session = Session(grid.rank)
+    return session.run(lambda: generate(load(arguments), grid, session))
+
+
+def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
+    """The whole run, as the worker that `grid` says."""
+    # Imported here: torch, transformers and zarr take seconds, which --help or a misspelt key should not.
+    import torch
+
+    from distill import prepare
+    from distill.report import summary
+    from distill.store import Store
+    from distill.teacher import Teacher, locate, pick_device, resolve_dtype
+    from distill.worker import Totals, Worker
+
+    device = pick_device(config.teacher.device, grid.local_rank, grid.local_world_size)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the same in every run: sums over other threads differ in their last bits
+    session.open(config.log_dir)
+    board = grid.board()
+
+    if grid.local_rank > 0:  # one worker of each node converts or downloads the teacher
+        board.wait(f"teacher is on node {grid.node}")
+    source = locate(config.teacher)
+    if grid.local_rank == 0:
+        board.note(f"teacher is on node {grid.node}", "yes")
+    dtype = resolve_dtype(source, device)
+    dtype_name = str(dtype).removeprefix("torch.")
+
+    if grid.rank == 0:
+        prepare.check_settings(config, source)
+        fingerprint = prepare.fingerprint_of(config, source, dtype_name)
+        store = prepare.find_store(config, fingerprint)
+        board.note("store", "complete" if store and store.complete else "to do")
+        if store and store.complete:
+            logger.info("%s is complete already: nothing to do", config.store.path)
+            logger.info(summary(store, Totals(), config))
+            return
+        _announce(config, grid, f"{config.teacher.model}, {dtype_name}, on {device}")
+        if store is None:
+            prepare.plan_store(config, source, fingerprint, dtype_name)
+        board.note("planned", "yes")
+    elif board.wait("store") == "complete":
+        return
+    teacher = Teacher.load(source, device, dtype)
+    board.wait("planned")
+
+    store = Store.open(config.store.path, config.store.options, writable=True)
+    if store is None:
+        raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
+    worker = Worker(config, store, grid, board, teacher)
+    session.how_to_go_on = f"{worker.done_blocks} of {worker.num_blocks} blocks were there; the same command goes on"
+    bar = session.bar(worker.total_tokens, worker.done_tokens, worker.progress)
+    worker.work()
+    board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
+
+    if grid.rank == 0:
+        totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
+        bar.finish()
+        if missing := int((store.read_all("commits") < 0).sum()):
+            raise RuntimeError(f"{missing} blocks are not committed although every worker is done")
+        store.mark_complete()
+        logger.info(summary(store, totals, config))
+
+
+def _announce(config: GenerateConfig, grid: Grid, teacher: str) -> None:
+    """Say what runs and where the logs are, and keep the resolved configuration beside them."""
+    folder = Path(config.log_dir)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    others = f"; workers 1 to {grid.world_size - 1} log to {folder}/worker_<rank>.log" if grid.world_size > 1 else ""
+    logger.info("distill %s: %d worker%s%s", __version__, grid.world_size, "s" * (grid.world_size > 1), others)
+    logger.info("teacher: %s", teacher)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

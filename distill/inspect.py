@@ -1,0 +1,103 @@
+"""Show what a store holds, at a glance.
+
+    python -m distill.inspect outputs/demo.zarr
+
+What it holds and how complete it is, from which teacher, the size of each array, and some rows in words: a token, and
+the five tokens that the teacher expects next.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.errors import StoreError, UserError
+from distill.report import human, mean_topk_mass, table
+from distill.store import Store
+from distill.teacher.source import local_tokenizer
+
+_USAGE = "usage: python -m distill.inspect STORE"
+_SHOWN_ROWS = 8
+_SHOWN_IDS = 5
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the description of the store named by the one argument; return the exit status, 0 or 2."""
+    if {"--help", "-h"} & {*arguments}:
+        print(f"{_USAGE}\n\n{__doc__}")
+        return 0
+    try:
+        if len(arguments) != 1:
+            raise StoreError(f"expected one argument, found {len(arguments)}\n{_USAGE}")
+        store = Store.open(arguments[0], {})
+        if store is None:
+            raise StoreError(f"store.path: found no store at {arguments[0]}")
+        print(describe(store))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(store: Store) -> str:
+    """The whole description, as printed."""
+    found = store.attributes
+    commits, lengths = store.read_all("commits"), store.read_all("sample_length")
+    done = int((commits >= 0).sum())
+    tokens = int(commits[commits >= 0].sum())
+    state = "complete" if store.complete else f"unfinished: {done} of {len(commits)} blocks, {tokens:,} tokens"
+    sizes = {name: store.describe(name) for name in store.array_names()}
+    total = sum(size for _, _, size in sizes.values())
+    teacher = found["teacher"]
+    head = table(
+        {
+            store.path: f"{found['format']}, version {found['version']}, {state}",
+            "teacher": f"{teacher['model']} ({teacher['architecture']}, {teacher['dtype']}), "
+            f"vocabulary {found['vocab_size']:,}, tokenizer {found['tokenizer']['vocab_size']:,}",
+            "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
+            f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
+            "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}, "
+            f"mean top-k mass {mean_topk_mass(store):.4f}",
+            "layout": f"{len(commits)} blocks of {store.block_rows:,} rows",
+            "size": f"{human(total)}, {total / max(1, tokens):.0f} bytes/token",
+            "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        }
+    )
+    arrays = [f"{'array':16}{'shape':>16}{'dtype':>10}{'size':>12}{'bytes/token':>13}"]
+    for name, (shape, dtype, size) in sizes.items():
+        shown = " x ".join(map(str, shape))
+        arrays.append(f"{name:16}{shown:>16}{dtype:>10}{human(size):>12}{size / max(1, tokens):>13.1f}")
+    words = _decoder(teacher["model"], teacher["revision"])
+    return "\n\n".join([head, "\n".join(arrays), *_examples(store, commits, words)])
+
+
+def _examples(store: Store, commits: NDArray[np.int64], words: Callable[[int], str]) -> list[str]:
+    """The first rows of two samples in words; of none where nothing is committed."""
+    starts, lengths = store.read_all("sample_start"), store.read_all("sample_length")
+    there = np.flatnonzero((commits[starts // store.block_rows] >= 0) & (lengths > 1))
+    return [_example(store, int(sample), int(starts[sample]), int(lengths[sample]), words) for sample in there[:2]]
+
+
+def _example(store: Store, sample: int, start: int, length: int, words: Callable[[int], str]) -> str:
+    stop = start + min(length, _SHOWN_ROWS)
+    tokens, ids = store.read_rows("tokens", start, stop), store.read_rows("topk_ids", start, stop)
+    probabilities = np.exp(store.read_rows("topk_logprobs", start, stop).astype(np.float32))
+    example = store.read_rows("sample_index", sample, sample + 1)[0]
+    lines = [
+        f"sample {sample} (example {example} of the dataset, {length} tokens): token -> what the teacher expects next"
+    ]
+    for token, candidates, chances in zip(tokens, ids, probabilities, strict=True):
+        following = [f"{words(i)} {p:.2f}" for i, p in zip(candidates[:_SHOWN_IDS], chances, strict=False)]
+        lines.append(f"  {words(token):16} -> {'  '.join(following)}")
+    return "\n".join(lines)
+
+
+def _decoder(model: str, revision: str | None) -> Callable[[int], str]:
+    """From an id to its text, where the teacher's tokenizer is at hand; else to the id itself."""
+    tokenizer = local_tokenizer(model, revision)
+    return (lambda i: f"#{i}") if tokenizer is None else (lambda i: repr(tokenizer.decode([int(i)])))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,212 @@
+"""Rank-aware logging, progress and failure reports.
+
+Worker 0 owns the console: plain lines that do not tear the progress bar. Every worker writes
+``<log_dir>/worker_<rank>.log``; workers 1+ write nothing else, their stdout and stderr end there too.
+
+When a worker dies, the console ends with its rank, its log's path and the last lines of that log, once. torchrun
+reads what a failed worker left in TORCHELASTIC_ERROR_FILE and prints it last. So each worker keeps that file up to
+date with every log line: even after SIGKILL, when nobody is left to explain, it is there. Workers that torchrun
+stops because of another's failure leave with status 0, so that only the culprit is listed.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from distill.errors import UserError
+
+TAIL_LINES = 10
+_LINE = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
+
+
+class Session:
+    """The logs of one worker and the way it ends.
+
+    log:           the file of this worker, once opened
+    how_to_go_on:  what to tell the user when the run is stopped before its end; set when there is something to say
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.log: Path | None = None
+        self.how_to_go_on = ""
+        self._log_start = 0
+        self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        self._bars: list[TokenBar] = []
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._stopped)
+
+    def open(self, log_dir: str) -> None:
+        """Send log records, warnings and, for workers 1+, everything printed, where they belong."""
+        from transformers.utils import logging as transformers_logging  # takes a second
+
+        self.log = Path(log_dir) / f"worker_{self.rank}.log"
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            file = _ReportingHandler(self, self.log)
+        except OSError as error:
+            raise UserError(f"log_dir: cannot write to {log_dir}: {error.strerror}") from error
+        self._log_start = self.log.stat().st_size  # what an earlier run logged is not ours to report
+        file.setFormatter(logging.Formatter(_LINE, defaults={"rank": self.rank}))
+        root = logging.getLogger()
+        root.setLevel(logging.INFO)
+        root.addHandler(file)
+        logging.captureWarnings(True)
+        for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "asyncio"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        transformers_logging.disable_default_handler()  # its own prints would tear the bar
+        transformers_logging.enable_propagation()
+        if self.rank == 0:
+            root.addHandler(_ConsoleHandler())
+        else:
+            transformers_logging.disable_progress_bar()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor in (1, 2):
+                os.dup2(file.descriptor(), descriptor)
+
+    def bar(self, total: int, initial: int, read: Callable[[], tuple[int, str]]) -> "TokenBar":
+        """A progress bar over tokens that shows itself on worker 0 only; see TokenBar."""
+        bar = TokenBar(total, initial, read, visible=self.rank == 0)
+        self._bars.append(bar)
+        return bar
+
+    def run(self, body: Callable[[], None]) -> int:
+        """Run the program; return its exit status: 0 done, 1 failed, 2 bad usage or input."""
+        try:
+            body()
+            return 0
+        except UserError as error:
+            if self.rank > 0:  # worker 0 has very likely met the same error; let it speak first, and alone
+                time.sleep(5)
+            self._close_bars()
+            self._say(f"error: {error}")
+            return 2
+        except Exception:
+            self._close_bars()
+            logging.getLogger("distill").critical("this worker failed", exc_info=True, extra={"console": False})
+            self._say(self.report())
+            return 1
+
+    def report(self) -> str:
+        """Who failed, where its log is, and how that log ends."""
+        if self.log is None:
+            return f"worker {self.rank} failed before it had a log:\n{traceback.format_exc()}"
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            tail = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+        head = f"worker {self.rank} failed; the end of its log, {self.log.absolute()}:"
+        return "\n".join([head, *(f"  {line}" for line in tail or ["(empty)"])])
+
+    def leave_report(self) -> None:
+        """Keep the report where torchrun will look for it, should this worker die without a word."""
+        if self._error_file:
+            self._leave(self.report())
+
+    def _say(self, text: str) -> None:
+        """On the console, once: through torchrun, which prints it last, or directly."""
+        if self._error_file:
+            self._leave(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _leave(self, text: str) -> None:
+        assert self._error_file is not None
+        stack = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        partial = Path(f"{self._error_file}.partial")
+        partial.write_text(json.dumps({"message": {"message": text, "extraInfo": stack}}))
+        partial.replace(self._error_file)
+
+    def _stopped(self, number: int, _frame: FrameType | None) -> NoReturn:
+        """SIGTERM, SIGINT: leave at once. What is committed stays; a block half written is written again."""
+        self._close_bars()
+        if self.rank == 0 and self.how_to_go_on:
+            os.write(2, f"stopped by {signal.Signals(number).name}; {self.how_to_go_on}\n".encode())
+        os._exit(0 if self._error_file else 128 + number)
+
+    def _close_bars(self) -> None:
+        for bar in self._bars:
+            bar.close()
+
+
+class TokenBar:
+    """Tokens of all workers together, polled twice a second from `read`, which returns (tokens, postfix)."""
+
+    def __init__(self, total: int, initial: int, read: Callable[[], tuple[int, str]], visible: bool) -> None:
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc="teacher",
+            unit="tok",
+            unit_scale=True,
+            disable=not visible,
+            mininterval=0.1 if interactive else 10.0,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+        self._initial, self._read = initial, read
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        if visible:
+            self._thread.start()
+
+    def _poll(self) -> None:
+        while not self._closed.wait(0.5):
+            self._show()
+
+    def _show(self) -> None:
+        tokens, postfix = self._read()
+        self._bar.set_postfix_str(postfix, refresh=False)
+        self._bar.update(self._initial + tokens - self._bar.n)
+
+    def finish(self) -> None:
+        """Show the last figures and close."""
+        if not self._bar.disable:
+            self._show()
+        self.close()
+
+    def close(self) -> None:
+        """Close, leaving what is shown. May be called twice."""
+        self._closed.set()
+        self._bar.close()
+
+
+class _ReportingHandler(logging.FileHandler):
+    """A worker's log file; each line also refreshes the report that is left for torchrun."""
+
+    def __init__(self, session: Session, file: Path) -> None:
+        super().__init__(file)
+        self._session = session
+
+    def descriptor(self) -> int:
+        """The open file, for what is printed past logging."""
+        assert self.stream is not None
+        return self.stream.fileno()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        self._session.leave_report()
+
+
+class _ConsoleHandler(logging.Handler):
+    """Lines on stderr that step aside for a progress bar: ours, and others' from WARNING up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = record.name.startswith("distill") and getattr(record, "console", True)
+        if ours or (
+            record.levelno >= logging.WARNING and record.name != "py.warnings" and not record.name.startswith("distill")
+        ):
+            prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+            tqdm.write(prefix + record.getMessage(), file=sys.stderr)

@@ -1,0 +1,63 @@
+"""What a store holds, in words: the summary that ends a run, and the parts of ``-m distill.inspect``."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distill.config import GenerateConfig
+from distill.store import Store
+
+if TYPE_CHECKING:
+    from distill.worker import Totals
+
+
+def summary(store: Store, totals: "Totals", config: GenerateConfig) -> str:
+    """The lines that end a run: what is there, how fast it came, and the next command to type."""
+    found = store.attributes
+    size = sum(store.describe(name)[2] for name in store.array_names())
+    lines = {
+        "samples": f"{found['num_samples']:,}",
+        "tokens": f"{found['num_tokens']:,}",
+        "size": f"{human(size)}, {size / found['num_tokens']:.0f} bytes/token",
+        f"top-{found['k']} mass": f"{mean_topk_mass(store):.4f} on average",
+    }
+    if totals.tokens:
+        part = "" if totals.tokens == found["num_tokens"] else f" (of the {totals.tokens:,} tokens of this run)"
+        lines["speed"] = f"{totals.tokens / totals.seconds:,.0f} tokens/s"
+        if totals.targets:
+            lines["teacher perplexity"] = f"{math.exp(totals.nll / totals.targets):.2f}{part}"
+    lines |= {
+        "store": store.path,
+        "logs": config.log_dir,
+        "next": f"python -m distill.inspect {store.path}",
+    }
+    return "\n" + table(lines)
+
+
+def mean_topk_mass(store: Store) -> float:
+    """Mean probability of the kept ids over all tokens of the committed blocks; nan where there are none."""
+    column = store.attributes["temperatures"].index(1.0)
+    mass = rows = 0.0
+    for block in np.flatnonzero(store.read_all("commits") >= 0):
+        start = int(block) * store.block_rows
+        tail = store.read_rows("tail_logprob", start, start + store.block_rows)[:, column].astype(np.float32)
+        tail = tail[~np.isnan(tail)]
+        mass += float((-np.expm1(np.minimum(tail, 0))).sum())
+        rows += len(tail)
+    return mass / rows if rows else math.nan
+
+
+def table(lines: dict[str, str]) -> str:
+    """Names and values in two columns."""
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def human(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,153 @@
+"""One worker's share of the teacher's work: its blocks, from tokens to commits.
+
+N rows of a batch, K kept ids, n temperatures, V vocabulary.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distill.config import GenerateConfig
+from distill.errors import NumericalError
+from distill.parallel import Board, Grid
+from distill.plan import Plan
+from distill.schema import CAPTURED
+from distill.sparse import Captured, capture, round_logprobs
+from distill.store import Store
+from distill.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Totals:
+    """What was done in this run, by one worker or by all.
+
+    seconds: of the slowest worker. nll, targets: summed -log p of the tokens that follow, and how many there were.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    nll: float = 0.0
+    targets: int = 0
+
+    @classmethod
+    def add_up(cls, parts: Sequence[str]) -> "Totals":
+        """The totals of all workers, from their JSON."""
+        found = [cls(**json.loads(part)) for part in parts]
+        return cls(
+            tokens=sum(part.tokens for part in found),
+            seconds=max(part.seconds for part in found),
+            nll=sum(part.nll for part in found),
+            targets=sum(part.targets for part in found),
+        )
+
+
+class Worker:
+    """Works off the blocks that are missing in the store and dealt to this worker."""
+
+    def __init__(self, config: GenerateConfig, store: Store, grid: Grid, board: Board, teacher: Teacher) -> None:
+        self._config, self._store, self._board, self._teacher = config, store, board, teacher
+        self._plan = Plan(store.block_rows, store.read_all("sample_start"), store.read_all("sample_length"))
+        commits, tokens = store.read_all("commits"), self._plan.tokens_per_block()
+        self.num_blocks, self.done_blocks = len(commits), int((commits >= 0).sum())
+        self.total_tokens, self.done_tokens = int(tokens.sum()), int(tokens[commits >= 0].sum())
+        self.totals = Totals()
+        self._blocks = grid.deal([int(block) for block in np.flatnonzero(commits < 0)])
+        logger.info(
+            "%d of %d blocks are there; %d of the others are dealt to worker %d",
+            self.done_blocks, self.num_blocks, len(self._blocks), grid.rank,
+        )  # fmt: skip
+
+    def work(self) -> None:
+        """Forward and capture each block; meanwhile the block before is written and committed."""
+        began = time.monotonic()
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
+            for block in self._blocks:
+                arrays = self._forward(block)
+                if writing is not None:
+                    writing.result()  # at most one block waits in memory; an error of the writer surfaces here
+                writing = writer.submit(self._write, block, arrays)
+            if writing is not None:
+                writing.result()
+        self.totals.seconds = time.monotonic() - began
+
+    def progress(self) -> tuple[int, str]:
+        """Tokens that all workers have done in this run, and the size of what they have written, for the bar."""
+        tokens, written = self._board.add("tokens written", 0), self._board.add("bytes written", 0)
+        return self._board.add("tokens", 0), f"{written / tokens:.0f} B/tok" if tokens else ""
+
+    def _forward(self, block: int) -> dict[str, NDArray[Any]]:
+        """The captured arrays of one block, up to its last row in use."""
+        samples = self._plan.samples_of(block)
+        starts = self._plan.starts[samples.start : samples.stop] - block * self._plan.block_rows
+        ends = starts + self._plan.lengths[samples.start : samples.stop]
+        tokens = self._store.read_rows("tokens", *(block * self._plan.block_rows + np.array([0, ends[-1]])))
+        k, num_temperatures = self._config.capture.k, len(self._config.capture.temperatures)
+        arrays = {
+            "topk_ids": np.full((ends[-1], k), -1, np.int32),
+            "topk_logprobs": np.full((ends[-1], k), np.nan, np.float16),
+            "logsumexp": np.full((ends[-1], num_temperatures), np.nan, np.float32),
+            "tail_logprob": np.full((ends[-1], num_temperatures), np.nan, np.float16),
+        }
+        for batch in self._plan.batches(block, self._config.batch.max_tokens):
+            rows = [np.arange(starts[i - samples.start], ends[i - samples.start]) for i in batch]
+            captured = self._capture([tokens[span] for span in rows])
+            self._check_finite(captured, batch)
+            at = np.concatenate(rows)
+            arrays["topk_ids"][at] = captured.topk_ids.numpy()
+            arrays["topk_logprobs"][at] = round_logprobs(captured.topk_logprobs.numpy())
+            arrays["logsumexp"][at] = captured.logsumexp.numpy()
+            arrays["tail_logprob"][at] = round_logprobs(captured.tail_logprob.numpy())
+            known = captured.target_logprob[~captured.target_logprob.isnan()].double()
+            self.totals.tokens += len(at)
+            self.totals.nll -= known.sum().item()
+            self.totals.targets += len(known)
+            self._board.add("tokens", len(at))
+        return arrays
+
+    def _capture(self, samples: list[NDArray[np.int32]]) -> Captured:
+        """Run the teacher over a batch and keep what is kept, row after row."""
+        following = np.concatenate([np.append(sample[1:], -1) for sample in samples]).astype(np.int64)  # [N]
+        next_ids = torch.from_numpy(following).to(self._teacher.device)
+        parts, at = [], 0
+        with torch.inference_mode():
+            for logits in self._teacher.logits(samples):  # [n, V]
+                ids = next_ids[at : at + len(logits)]
+                parts.append(capture(logits, self._config.capture.k, self._config.capture.temperatures, ids))
+                at += len(logits)
+        return Captured.concatenate(parts)
+
+    def _check_finite(self, captured: Captured, batch: list[int]) -> None:
+        """Raise NumericalError at the first row whose logits are NaN or infinite."""
+        bad = torch.nonzero(~captured.logsumexp.isfinite().all(dim=1))
+        if not len(bad):
+            return
+        position = int(bad[0])
+        for sample in batch:
+            if position < self._plan.lengths[sample]:
+                example = self._store.read_rows("sample_index", sample, sample + 1)[0]
+                raise NumericalError(
+                    f"the teacher's logits are NaN or infinite at position {position} of sample {sample} "
+                    f"(example {example} of the dataset); expected finite ones. Nothing of its block was written"
+                )
+            position -= int(self._plan.lengths[sample])
+
+    def _write(self, block: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Write the block's arrays, then its commit."""
+        for name in CAPTURED:
+            self._store.write_rows(name, block, arrays[name])
+        num_rows = int(self._plan.tokens_per_block()[block])
+        self._store.commit(block, num_rows, CAPTURED)
+        self._board.add("tokens written", num_rows)
+        self._board.add("bytes written", self._store.block_bytes(block, [*CAPTURED, "tokens"]))
+        logger.info("block %d is committed: %d rows", block, num_rows, extra={"console": False})
