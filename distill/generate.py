@@ -75,17 +75,17 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             return
         _announce(config, grid, f"{config.teacher.model}, {dtype_name}, on {device}")
         if store is None:
-            prepare.plan_store(config, source, fingerprint, dtype_name)
-        board.note("planned", "yes")
+            store = prepare.plan_store(config, source, fingerprint, dtype_name)
+        # One look at the commits for all: whoever looked later would miss what was done since, and deal differently.
+        board.note("missing blocks", json.dumps(store.missing_blocks()))
     elif board.wait("store") == "complete":
         return
     teacher = Teacher.load(source, device, dtype)
-    board.wait("planned")
-
+    missing = json.loads(board.wait("missing blocks"))
     store = Store.open(config.store.path, config.store.options, writable=True)
     if store is None:
         raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
-    worker = Worker(config, store, grid, board, teacher)
+    worker = Worker(config, store, teacher, board, missing, grid.deal(missing))
     session.how_to_go_on = f"{worker.done_blocks} of {worker.num_blocks} blocks were there; the same command goes on"
     bar = session.bar(worker.total_tokens, worker.done_tokens, worker.progress)
     worker.work()
@@ -94,8 +94,8 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     if grid.rank == 0:
         totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
         bar.finish()
-        if missing := int((store.read_all("commits") < 0).sum()):
-            raise RuntimeError(f"{missing} blocks are not committed although every worker is done")
+        if left := store.missing_blocks():
+            raise RuntimeError(f"blocks {left[:10]} are not committed although every worker is done")
         store.mark_complete()
         logger.info(summary(store, totals, config))
 

@@ -53,8 +53,8 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> Store | N
     Raises StoreError where the path holds something else, another run's store (naming each key that differs), or cannot
     be written.
     """
-    check_writable(config.store.path)
     store = Store.open(config.store.path, config.store.options, writable=True)
+    check_writable(config.store.path)
     if store is not None and (differing := differences(store.attributes["config"], fingerprint)):
         state = "a complete" if store.complete else "an unfinished"
         raise StoreError(
@@ -64,7 +64,7 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> Store | N
     return store
 
 
-def plan_store(config: GenerateConfig, source: Source, fingerprint: dict[str, Any], dtype: str) -> None:
+def plan_store(config: GenerateConfig, source: Source, fingerprint: dict[str, Any], dtype: str) -> Store:
     """Tokenize the dataset, place the samples, and create the store with its tokens."""
     samples = data.tokenize(config.dataset, source.tokenizer, source.context_length)
     order = plan.permutation(len(samples.lengths), config.capture.seed)
@@ -120,3 +120,4 @@ def plan_store(config: GenerateConfig, source: Source, fingerprint: dict[str, An
         "plan: %s samples, %s tokens in %d blocks of %d rows",
         f"{len(lengths):,}", f"{lengths.sum(dtype=np.int64):,}", layout.num_blocks, layout.block_rows,
     )  # fmt: skip
+    return store

@@ -58,8 +58,8 @@ class Store:
 
         Raises StoreError where there is something else, or a format version that this program does not know.
         """
-        if "://" not in path:
-            _refuse_foreign(Path(path))
+        if "://" not in path and not _is_group(Path(path)):
+            return None
         zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1})  # the workers are the parallelism
         try:
             group = zarr.open_group(_location(path, options, read_only=not writable), mode="r+" if writable else "r")
@@ -150,6 +150,10 @@ class Store:
         """A whole array: sample_start, sample_length, commits, ..."""
         return self.read_rows(name, 0, self._array(name).shape[0])
 
+    def missing_blocks(self) -> list[int]:
+        """The blocks without a commit."""
+        return [int(block) for block in np.flatnonzero(self.read_all("commits") < 0)]
+
     def block_bytes(self, block: int, names: Iterable[str]) -> int:
         """Bytes on disk of one block of the named arrays."""
         keys = [f"{name}/{self._chunk_key(name, block)}" for name in names]
@@ -214,11 +218,15 @@ def check_writable(path: str) -> None:
         raise StoreError(f"store.path: cannot write {path}: {at} is not a folder that may be written")
 
 
-def _refuse_foreign(path: Path) -> None:
+def _is_group(path: Path) -> bool:
+    """Whether there is a Zarr group; False for nothing. Raises StoreError for a file, or a folder of something else."""
+    if (path / "zarr.json").is_file():
+        return True
     content = [entry for entry in path.iterdir() if not entry.name.endswith(".partial")] if path.is_dir() else []
-    if path.is_file() or (content and not (path / "zarr.json").is_file()):
+    if path.is_file() or content:
         kind = "a file" if path.is_file() else "a folder with other content"
         raise StoreError(f"store.path: expected a {FORMAT}, an empty folder or nothing at {path}, found {kind}")
+    return False
 
 
 def _location(path: str, options: Mapping[str, Any], read_only: bool) -> Any:

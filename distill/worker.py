@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distill.config import GenerateConfig
 from distill.errors import NumericalError
-from distill.parallel import Board, Grid
+from distill.parallel import Board
 from distill.plan import Plan
 from distill.schema import CAPTURED
 from distill.sparse import Captured, capture, round_logprobs
@@ -52,20 +52,20 @@ class Totals:
 
 
 class Worker:
-    """Works off the blocks that are missing in the store and dealt to this worker."""
+    """Works off the blocks that are dealt to it. `missing` are those of all workers."""
 
-    def __init__(self, config: GenerateConfig, store: Store, grid: Grid, board: Board, teacher: Teacher) -> None:
+    def __init__(
+        self, config: GenerateConfig, store: Store, teacher: Teacher, board: Board, missing: list[int], dealt: list[int]
+    ) -> None:
         self._config, self._store, self._board, self._teacher = config, store, board, teacher
         self._plan = Plan(store.block_rows, store.read_all("sample_start"), store.read_all("sample_length"))
-        commits, tokens = store.read_all("commits"), self._plan.tokens_per_block()
-        self.num_blocks, self.done_blocks = len(commits), int((commits >= 0).sum())
-        self.total_tokens, self.done_tokens = int(tokens.sum()), int(tokens[commits >= 0].sum())
+        self._tokens_per_block = self._plan.tokens_per_block()
+        self.num_blocks, self.done_blocks = self._plan.num_blocks, self._plan.num_blocks - len(missing)
+        self.total_tokens = int(self._tokens_per_block.sum())
+        self.done_tokens = self.total_tokens - int(self._tokens_per_block[missing].sum())
         self.totals = Totals()
-        self._blocks = grid.deal([int(block) for block in np.flatnonzero(commits < 0)])
-        logger.info(
-            "%d of %d blocks are there; %d of the others are dealt to worker %d",
-            self.done_blocks, self.num_blocks, len(self._blocks), grid.rank,
-        )  # fmt: skip
+        self._blocks = dealt
+        logger.info("%d of %d blocks are there; this worker does %d", self.done_blocks, self.num_blocks, len(dealt))
 
     def work(self) -> None:
         """Forward and capture each block; meanwhile the block before is written and committed."""
@@ -146,7 +146,7 @@ class Worker:
         """Write the block's arrays, then its commit."""
         for name in CAPTURED:
             self._store.write_rows(name, block, arrays[name])
-        num_rows = int(self._plan.tokens_per_block()[block])
+        num_rows = int(self._tokens_per_block[block])
         self._store.commit(block, num_rows, CAPTURED)
         self._board.add("tokens written", num_rows)
         self._board.add("bytes written", self._store.block_bytes(block, [*CAPTURED, "tokens"]))

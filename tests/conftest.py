@@ -1,0 +1,48 @@
+"""Fixtures: small models with a tokenizer, real texts, and the real command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import MODELS, WORDS, save_model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a name in MODELS to a folder with that model, random, and a tokenizer."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = save_model(name, tmp_path_factory.mktemp("models") / name)
+        return made[name]
+
+    assert MODELS
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A function from a number to a JSONL file of so many texts of very different lengths, an empty one among them."""
+    folder = tmp_path_factory.mktemp("texts")
+
+    def file(count: int) -> Path:
+        path = folder / f"{count}.jsonl"
+        if not path.exists():
+            rows: list[dict[str, Any]] = []
+            for i in range(count):
+                length = 0 if i == 3 else 1 + (i * 7919) % 90
+                rows.append({"text": " ".join(WORDS[(i * 31 + j * j) % len(WORDS)] for j in range(length))})
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return file

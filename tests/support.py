@@ -1,0 +1,136 @@
+"""What several tests need: small models, launching the command line, and looking at a store without distill."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+WORDS = topics["assert"].split()
+_COMMON = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**_COMMON, "tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {**_COMMON, "head_dim": 32, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", {**_COMMON, "head_dim": 32, "sliding_window": 7}),
+    "gemma3_softcapped": (
+        "gemma3_text",
+        {**_COMMON, "head_dim": 32, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 30.0},
+    ),
+    "gpt2": ("gpt2", {"vocab_size": 1000, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024}),
+    "mixtral": ("mixtral", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "cohere": ("cohere", {**_COMMON, "logit_scale": 0.25}),
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(chat: bool = False, bos: bool = False) -> Any:
+    """A byte-level tokenizer of 262 tokens that needs no download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(specials + alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(name: str, **changes: Any) -> Any:
+    """A random float32 model of a kind in MODELS, with logits that are far from uniform."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind, settings = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**settings, **changes}), dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(torch.randn_like(weight) * 0.1)
+            else:
+                weight.mul_(5.0)
+    return model.eval()
+
+
+def save_model(name: str, folder: Path, chat: bool = False, bos: bool = False, **changes: Any) -> Path:
+    """Save build_model(name) and a tokenizer as a model's folder."""
+    build_model(name, **changes).save_pretrained(folder)
+    make_tokenizer(chat, bos).save_pretrained(folder)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """That of a child: no hub, one thread, and this checkout."""
+    root = str(Path(__file__).parent.parent)
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+
+
+def command(workers: int | None, arguments: Sequence[str]) -> list[str]:
+    """The command line of distill.generate; without torchrun where `workers` is None."""
+    if workers is None:
+        return [sys.executable, "-m", "distill.generate", *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(workers)]
+    return [*launcher, "-m", "distill.generate", *arguments]
+
+
+def generate(
+    folder: Path, *arguments: str, workers: int | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run distill.generate in `folder`, to its end. A time-out here is a deadlock of the workers."""
+    return subprocess.run(
+        command(workers, arguments),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder`, with a hash of its bytes."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def open_raw(store: Path, name: str) -> Any:
+    """An array of a store as numpy, read by tensorstore, which shares no code with zarr-python."""
+    import tensorstore
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store / name)}}
+    return tensorstore.open(spec).result().read().result()

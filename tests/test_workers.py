@@ -1,0 +1,105 @@
+"""One store from any number of workers: the same bytes, no block written twice, nothing lost after kills."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill.parallel import Grid
+from tests.kills import compare
+from tests.support import generate, tree
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_blocks", [0, 1, 3, 7, 64])
+def test_dealt_blocks_have_one_owner(world_size: int, num_blocks: int) -> None:
+    blocks = [100 + block for block in range(num_blocks)]
+    dealt = [Grid(rank=rank, world_size=world_size).deal(blocks) for rank in range(world_size)]
+    assert sorted(block for share in dealt for block in share) == blocks
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def committed(folder: Path) -> list[int]:
+    """The blocks that the workers' logs say were committed, with repetitions."""
+    logs = "".join(log.read_text() for log in sorted((folder / "logs").glob("worker_*.log")))
+    return sorted(int(block) for block in re.findall(r"block (\d+) is committed", logs))
+
+
+@pytest.mark.parametrize(
+    ("count", "blocks_are"),
+    [(60, "not divisible by 2, 3 or 4"), (4, "fewer than workers"), (1, "one")],
+)
+def test_bytes_do_not_depend_on_the_workers(
+    count: int, blocks_are: str, model_folder: Callable[[str], Path], texts: Callable[[int], Path], tmp_path: Path
+) -> None:
+    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(count)}", "dataset.max_length=128"]
+    arguments += ["capture.k=8", "store.path=x.zarr", "store.block_rows=128"]
+    expected = None
+    for workers in (None, 2, 3, 4) if count == 60 else (1, 3):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        ran = generate(folder, *arguments, workers=workers)
+        assert ran.returncode == 0, ran.stderr
+        found = tree(folder / "x.zarr")
+        expected = expected or found
+        assert found == expected
+        blocks = len([name for name in found if name.startswith("commits/c/")])
+        assert committed(folder) == list(range(blocks))
+    if count == 60:
+        assert all(blocks % workers for workers in (2, 3, 4)), f"{blocks} blocks: choose another size"
+
+
+def test_the_same_command_again_changes_nothing(
+    model_folder: Callable[[str], Path], texts: Callable[[int], Path], tmp_path: Path
+) -> None:
+    arguments = [
+        f"teacher.model={model_folder('llama')}",
+        f"dataset.path={texts(4)}",
+        "capture.k=8",
+        "store.path=x.zarr",
+    ]
+    assert generate(tmp_path, *arguments).returncode == 0
+    before = tree(tmp_path / "x.zarr")
+    again = generate(tmp_path, *arguments, workers=2)
+    assert again.returncode == 0, again.stderr
+    assert "complete already" in again.stderr
+    assert tree(tmp_path / "x.zarr") == before
+
+
+@pytest.mark.timeout(600)
+def test_kills_lose_nothing(tmp_path: Path) -> None:
+    done = compare(tmp_path, kills=4, seed=7)
+    assert sum(done.values()) >= 3, done
+
+
+@pytest.mark.timeout(600)
+def test_no_arguments_with_and_without_torchrun(tmp_path: Path) -> None:
+    """The embedded demo: begun by plain python, interrupted, finished by eight workers under torchrun."""
+    import os
+    import signal
+    import subprocess
+    import time
+
+    from tests.support import command, environment
+
+    commits = tmp_path / "outputs" / "demo.zarr" / "commits" / "c"
+    with (tmp_path / "console").open("wb") as console:
+        alone = subprocess.Popen(command(None, []), cwd=tmp_path, env=environment(), stdout=console, stderr=console)
+        deadline = time.monotonic() + 240
+        while not (commits.is_dir() and len(list(commits.iterdir())) >= 3):
+            assert alone.poll() is None, (tmp_path / "console").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.kill(alone.pid, signal.SIGTERM)
+        assert alone.wait(timeout=30) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in (tmp_path / "console").read_text()
+    ran = generate(tmp_path, workers=8)
+    assert ran.returncode == 0, ran.stderr
+    attributes = json.loads((tmp_path / "outputs" / "demo.zarr" / "zarr.json").read_text())["attributes"]
+    assert attributes["complete"] is True
+    found = committed(tmp_path)
+    assert found == sorted({*found}), "a block was written twice"
+    for word in ("samples", "tokens", "bytes/token", "tokens/s", "top-64 mass", "perplexity", "store", "logs", "next"):
+        assert word in ran.stderr
