@@ -4,9 +4,12 @@ A sample is one sequence of token ids. With chat messages it carries a loss mask
 token was written by the assistant (its end-of-turn marker included).
 """
 
+import glob
 import logging
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,6 @@ class Samples:
 
     lengths: NDArray[np.int32]
     _dataset: Any
-    _scratch: tempfile.TemporaryDirectory[str] | None = None  # where a stream was spooled; removed with this object
 
     @property
     def has_loss_mask(self) -> bool:
@@ -60,21 +62,11 @@ def identity(config: DatasetConfig) -> dict[str, str]:
     if config.path == "demo":
         return {"dataset.content": text_digest("\0".join(row["text"] for row in _demo_rows()))}
     root = Path(config.path).expanduser()
-    files = (
-        [root]
-        if root.is_file()
-        else sorted(file for file in root.rglob("*") if file.is_file())
-        if root.is_dir()
-        else []
-    )
-    named = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
+    files = [root] if root.is_file() else [file for file in sorted(root.rglob("*")) if file.is_file()]
+    patterns = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
     base = root if root.is_dir() else Path()
-    files += [
-        file
-        for pattern in named
-        for file in sorted(base.glob(pattern) if not Path(pattern).is_absolute() else [Path(pattern)])
-    ]
-    present = [file for file in files if file.is_file() and not file.name.startswith("cache-")]
+    files += [base / name for pattern in patterns for name in sorted(glob.glob(pattern, root_dir=base, recursive=True))]
+    present = [file for file in files if file.is_file() and not file.name.startswith("cache-")]  # datasets' own caches
     return {"dataset.content": digest(present)} if present else {"dataset.path": config.path}
 
 
@@ -111,13 +103,12 @@ def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) 
         "remove_columns": names,
         "features": datasets.Features(columns),
     }
-    scratch = None
     if config.streaming:
-        scratch = tempfile.TemporaryDirectory(prefix="distill-stream-")
-        stream = raw.map(**arguments)
+        spool = tempfile.mkdtemp(prefix="distill-stream-")
         encoded = datasets.Dataset.from_generator(
-            _Rows(stream), features=arguments["features"], cache_dir=scratch.name, keep_in_memory=False
+            _Rows(raw.map(**arguments)), features=arguments["features"], cache_dir=spool
         )
+        weakref.finalize(encoded, shutil.rmtree, spool, ignore_errors=True)
     else:
         workers = config.num_proc if config.num_proc > 1 else None
         encoded = raw.map(**arguments, num_proc=workers, desc="tokenizing")
@@ -133,7 +124,7 @@ def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) 
             f"dataset.max_length: expected at most {context_length}, the teacher's context, found a sample of "
             f"{lengths[longest]} tokens (example {encoded[longest]['source']} of {config.path})"
         )
-    return Samples(lengths, encoded, scratch)
+    return Samples(lengths, encoded)
 
 
 class _Rows:

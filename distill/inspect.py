@@ -96,7 +96,12 @@ def _example(store: Store, sample: int, start: int, length: int, words: Callable
 def _decoder(model: str, revision: str | None) -> Callable[[int], str]:
     """From an id to its text, where the teacher's tokenizer is at hand; else to the id itself."""
     tokenizer = local_tokenizer(model, revision)
-    return (lambda i: f"#{i}") if tokenizer is None else (lambda i: repr(tokenizer.decode([int(i)])))
+
+    def words(token: int) -> str:
+        text = tokenizer.decode([int(token)]) if tokenizer else ""
+        return repr(text) if text else f"#{token}"  # ids beyond the tokenizer's vocabulary have no text
+
+    return words
 
 
 if __name__ == "__main__":

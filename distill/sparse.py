@@ -42,6 +42,7 @@ class Captured:
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(cls)))
 
 
+@torch.inference_mode()
 def capture(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Tensor) -> Captured:
     """Reduce logits ([N, V] float32, overwritten) to what is kept of them.
 
@@ -49,15 +50,14 @@ def capture(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Ten
     NaN or +inf among a row's logits make its logsumexp non-finite.
     """
     following = logits.gather(1, next_ids.clamp(min=0)[:, None])[:, 0]
-    values, ids = _topk(logits, k)
+    values, ids, largest_left = _topk(logits, k)
     logits.scatter_(1, ids, -torch.inf)  # now only the tail is left
-    least = values[:, -1:]  # no tail logit exceeds it, so that exp() below neither overflows nor loses the whole tail
-    logits.sub_(torch.where(least.isfinite(), least, 0.0))
+    logits.sub_(largest_left[:, None])  # so that exp() below neither overflows nor loses the whole tail
     lse_columns, tail_columns = [], []
     for i, temperature in enumerate(temperatures):
         last = i == len(temperatures) - 1
         scaled = logits.div_(temperature) if last else logits / temperature
-        tail = scaled.exp_().sum(dim=1).log_() + torch.where(least.isfinite(), least, 0.0)[:, 0] / temperature
+        tail = scaled.exp_().sum(dim=1).log_() + largest_left / temperature
         lse = torch.logaddexp(torch.logsumexp(values / temperature, dim=1), tail)
         lse_columns.append(lse)
         tail_columns.append(tail - lse)
@@ -79,15 +79,17 @@ def round_logprobs(logprobs: NDArray[np.float32]) -> NDArray[np.float16]:
     return np.where(np.isfinite(halves), rounded, halves)
 
 
-def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values and their ids, both [N, k], by descending value, ties by lowest id.
+def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest values and their ids, both [N, k], by descending value, ties by lowest id; the next largest, [N].
 
     torch.topk breaks ties as it likes, also as to which of equal logits belong to the k; rows with ties are sorted.
+    The next largest is 0 where there is none, or where it is not finite.
     """
     values, ids = logits.topk(min(k + 1, logits.shape[1]), dim=1)
     tied = (values[:, :-1] == values[:, 1:]).any(dim=1)
+    following = values[:, k] if k < values.shape[1] else values.new_zeros(len(values))
     values, ids = values[:, :k].contiguous(), ids[:, :k].contiguous()
     if tied.any():
         ordered, order = logits[tied].sort(dim=1, descending=True, stable=True)
         values[tied], ids[tied] = ordered[:, :k], order[:, :k]
-    return values, ids
+    return values, ids, torch.where(following.isfinite(), following, 0.0)

@@ -120,11 +120,10 @@ class Worker:
         following = np.concatenate([np.append(sample[1:], -1) for sample in samples]).astype(np.int64)  # [N]
         next_ids = torch.from_numpy(following).to(self._teacher.device)
         parts, at = [], 0
-        with torch.inference_mode():
-            for logits in self._teacher.logits(samples):  # [n, V]
-                ids = next_ids[at : at + len(logits)]
-                parts.append(capture(logits, self._config.capture.k, self._config.capture.temperatures, ids))
-                at += len(logits)
+        for logits in self._teacher.logits(samples):  # [n, V]
+            ids = next_ids[at : at + len(logits)]
+            parts.append(capture(logits, self._config.capture.k, self._config.capture.temperatures, ids))
+            at += len(logits)
         return Captured.concatenate(parts)
 
     def _check_finite(self, captured: Captured, batch: list[int]) -> None:

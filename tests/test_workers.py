@@ -29,7 +29,7 @@ def committed(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("count", "blocks_are"),
-    [(60, "not divisible by 2, 3 or 4"), (4, "fewer than workers"), (1, "one")],
+    [(24, "not divisible by 2, 3 or 4"), (4, "fewer than workers"), (1, "one")],
 )
 def test_bytes_do_not_depend_on_the_workers(
     count: int, blocks_are: str, model_folder: Callable[[str], Path], texts: Callable[[int], Path], tmp_path: Path
@@ -37,7 +37,7 @@ def test_bytes_do_not_depend_on_the_workers(
     arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(count)}", "dataset.max_length=128"]
     arguments += ["capture.k=8", "store.path=x.zarr", "store.block_rows=128"]
     expected = None
-    for workers in (None, 2, 3, 4) if count == 60 else (1, 3):
+    for workers in (None, 2, 3, 4) if count == 24 else (1, 3):
         folder = tmp_path / str(workers)
         folder.mkdir()
         ran = generate(folder, *arguments, workers=workers)
@@ -47,7 +47,7 @@ def test_bytes_do_not_depend_on_the_workers(
         assert found == expected
         blocks = len([name for name in found if name.startswith("commits/c/")])
         assert committed(folder) == list(range(blocks))
-    if count == 60:
+    if count == 24:
         assert all(blocks % workers for workers in (2, 3, 4)), f"{blocks} blocks: choose another size"
 
 

@@ -1,0 +1,119 @@
+"""How much of the teacher's own speed is left: distill.generate beside the bare forward and a hand-written loop.
+
+    python -m tests.benchmarks.generate [rounds=5] [key=value ...]        # keys as for distill.generate
+
+Three ways over the same samples, in turn, in one process, `rounds` times; medians of the ratios within a round.
+
+bare      backbone and head of each sample alone, without padding, in the teacher's dtype; nothing is kept
+distill   what distill.generate does once the teacher is loaded: read tokens, batch, forward, capture, compress, commit
+loop      what is written today: padded batches of 8 in data order, model(...).logits, log_softmax, topk, HDF5 with gzip
+
+On a GPU: python -m tests.benchmarks.generate rounds=5 teacher.device=cuda teacher.model=FOLDER dataset.path=texts.jsonl
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+import transformers
+
+from distill import prepare
+from distill.config import load
+from distill.parallel import Grid
+from distill.plan import Plan
+from distill.store import Store
+from distill.teacher import Teacher, locate, pick_device, resolve_dtype
+from distill.worker import Worker
+
+
+def samples_of(store: Store) -> Iterator[np.ndarray[Any, Any]]:
+    """The token ids of each sample, in the order of the store."""
+    plan = Plan(store.block_rows, store.read_all("sample_start"), store.read_all("sample_length"))
+    for start, length in zip(plan.starts, plan.lengths, strict=True):
+        yield store.read_rows("tokens", int(start), int(start + length))
+
+
+def bare(model: Any, store: Store) -> None:
+    """Backbone and head of each sample, without padding."""
+    for sample in samples_of(store):
+        ids = torch.from_numpy(sample.astype(np.int64))[None].to(model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        for part in hidden.split(256 if model.device.type == "cpu" else 4096):
+            model.get_output_embeddings()(part)
+
+
+def loop(model: Any, store: Store, file: Path, k: int) -> None:
+    """The loop that is written today."""
+    samples = list(samples_of(store))
+    with h5py.File(file, "w") as out:
+        for first in range(0, len(samples), 8):
+            batch = samples[first : first + 8]
+            longest = max(map(len, batch))
+            ids = torch.zeros((len(batch), longest), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, sample in enumerate(batch):
+                ids[row, : len(sample)] = torch.from_numpy(sample.astype(np.int64))
+                mask[row, : len(sample)] = 1
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+            logprobs, kept = torch.log_softmax(logits.float(), dim=-1).topk(k, dim=-1)
+            out.create_dataset(f"{first}/logprobs", data=logprobs.half().cpu().numpy(), compression="gzip")
+            out.create_dataset(f"{first}/ids", data=kept.int().cpu().numpy(), compression="gzip")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the three in turn, print each round, then the medians."""
+    rounds = int(next((argument.split("=")[1] for argument in arguments if argument.startswith("rounds=")), "5"))
+    config = load([argument for argument in arguments if not argument.startswith("rounds=")])
+    torch.set_num_threads(1)
+    source, device = locate(config.teacher), pick_device(config.teacher.device, 0, 1)
+    dtype = resolve_dtype(source, device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
+    teacher = Teacher.load(source, device, dtype)
+    scratch = Path(tempfile.mkdtemp())
+    at_scratch = replace(config, store=replace(config.store, path=str(scratch / "planned.zarr")))
+    planned = prepare.plan_store(at_scratch, source, {}, "any")
+    num_tokens = planned.attributes["num_tokens"]
+    print(f"{num_tokens:,} tokens, {dtype} on {device}, torch {torch.__version__}, one CPU thread")
+
+    def distill() -> None:
+        shutil.rmtree(scratch / "x.zarr", ignore_errors=True)
+        shutil.copytree(scratch / "planned.zarr", scratch / "x.zarr")
+        store = Store.open(str(scratch / "x.zarr"), {}, writable=True)
+        assert store is not None
+        missing = store.missing_blocks()
+        Worker(config, store, teacher, Grid().board(), missing, missing).work()
+
+    ways: dict[str, Callable[[], None]] = {
+        "bare": lambda: bare(model, planned),
+        "distill": distill,
+        "loop": lambda: loop(model, planned, scratch / "x.h5", config.capture.k),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        for number in range(rounds + 1):  # the first warms up
+            for name, run in ways.items():
+                began = time.perf_counter()
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - began)
+            if number:
+                speeds = ", ".join(f"{name} {num_tokens / taken[-1]:,.0f}" for name, taken in seconds.items())
+                print(f"round {number}: {speeds} tokens/s", flush=True)
+    for other in ("bare", "loop"):
+        ratios = [theirs / ours for theirs, ours in zip(seconds[other][1:], seconds["distill"][1:], strict=True)]
+        print(f"distill is {statistics.median(ratios):.2f}x {other} (from {min(ratios):.2f} to {max(ratios):.2f})")
+    shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,62 @@
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support import environment, generate, save_model
+
+
+def inspect(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "distill.inspect", *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_inspect_describes_a_store(tmp_path: Path) -> None:
+    model = save_model("llama", tmp_path / "model", chat=True)
+    chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you " * i}] for i in range(1, 9)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    arguments = [f"teacher.model={model}", "dataset.path=x.jsonl", "dataset.messages_column=messages", "capture.k=8"]
+    ran = generate(tmp_path, *arguments, "store.path=x.zarr", "store.block_rows=64")
+    assert ran.returncode == 0, ran.stderr
+    shown = inspect(tmp_path, "x.zarr")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr == ""
+    for words in ("distill-cache, version 1, complete", "LlamaForCausalLM, float32", "vocabulary 1,000, tokenizer 262"):
+        assert words in shown.stdout
+    assert "8 samples" in shown.stdout
+    assert "loss_mask" in shown.stdout
+    assert "bytes/token" in shown.stdout
+    examples = [line for line in shown.stdout.splitlines() if " -> " in line and line[0] == " "]
+    assert any(line.strip().startswith("'<|user|>'") for line in examples)
+    assert all(line.count(" 0.") == 5 for line in examples), examples
+
+    (tmp_path / "x.zarr" / "commits" / "c" / "1").unlink()  # one block never committed; no tokenizer at hand
+    attributes = json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())
+    attributes["attributes"]["complete"] = False
+    (tmp_path / "x.zarr" / "zarr.json").write_text(json.dumps(attributes))
+    shutil.rmtree(model)
+    shown = inspect(tmp_path, "x.zarr")
+    assert shown.returncode == 0, shown.stderr
+    assert "unfinished: " in shown.stdout
+    assert "  #3 " in shown.stdout
+
+
+def test_inspect_refuses(tmp_path: Path, texts: Callable[[int], Path]) -> None:
+    for arguments, message in (
+        (("nowhere.zarr",), "error: store.path: found no store at nowhere.zarr"),
+        ((str(texts(4)),), "found a file"),
+        ((), "expected one argument, found 0"),
+    ):
+        shown = inspect(tmp_path, *arguments)
+        assert shown.returncode == 2
+        assert message in shown.stderr
+        assert "Traceback" not in shown.stderr
