@@ -144,6 +144,10 @@ def load(arguments: Sequence[str]) -> GenerateConfig:
         except Exception as error:  # whatever the YAML parser raises on the value
             raise ConfigError(f"{pair}: the value is not YAML: {_first_line(error)}") from error
         merged = _merge(merged, parsed, origin="")
+    try:
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_first_line(error)} (write \\${{...}} for a plain dollar)") from error
     for name, leaf in _leaves(GenerateConfig):
         value, choices = OmegaConf.select(merged, name), leaf.metadata["choices"]
         if choices and value not in choices:

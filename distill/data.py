@@ -6,11 +6,11 @@ token was written by the assistant (its end-of-turn marker included).
 
 import glob
 import logging
-import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute  # registers pa.compute
 from numpy.typing import NDArray
 
+from distill.chat import encode_chat
 from distill.config import DatasetConfig
-from distill.errors import DataError
+from distill.errors import DataError, UserError
 from distill.fingerprint import digest, text_digest
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ class Samples:
     _dataset: Any
 
     @property
+    def largest_token(self) -> int:
+        """The largest token id of all samples."""
+        chunks = self._dataset.with_format("arrow").data.column("tokens").chunks
+        return int(max(pa.compute.max(chunk.flatten()).as_py() for chunk in chunks if len(chunk)))
+
+    @property
     def has_loss_mask(self) -> bool:
         """Whether the samples are chats."""
         return "loss_mask" in self._dataset.column_names
@@ -54,20 +61,34 @@ class Samples:
         return found
 
 
-def identity(config: DatasetConfig) -> dict[str, str]:
-    """What identifies the data beyond the configuration's words: the content of the demo or of local files.
+def identity(config: DatasetConfig, ours: Sequence[str]) -> dict[str, Any]:
+    """What identifies the data beyond the configuration's other words: the content of the demo or of local files.
 
-    A hub id is identified by its name: the store keeps the tokens, so that a resume never reads the dataset again.
+    Remote data are identified by name: the store keeps the tokens, so that a resume never reads the dataset again.
+    ours: folders that a run writes, and that are no data should they lie in the dataset's folder.
     """
     if config.path == "demo":
         return {"dataset.content": text_digest("\0".join(row["text"] for row in _demo_rows()))}
     root = Path(config.path).expanduser()
-    files = [root] if root.is_file() else [file for file in sorted(root.rglob("*")) if file.is_file()]
-    patterns = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
     base = root if root.is_dir() else Path()
-    files += [base / name for pattern in patterns for name in sorted(glob.glob(pattern, root_dir=base, recursive=True))]
-    present = [file for file in files if file.is_file() and not file.name.startswith("cache-")]  # datasets' own caches
-    return {"dataset.content": digest(present)} if present else {"dataset.path": config.path}
+    files = [root] if root.is_file() else sorted(root.rglob("*"))
+    remote = [] if files else [config.path]
+    for pattern in [config.data_files] if isinstance(config.data_files, str) else config.data_files or []:
+        found = [base / name for name in sorted(glob.glob(pattern, root_dir=base, recursive=True))]
+        files += found
+        remote += [] if found else [pattern]
+    written = [Path(folder).absolute() for folder in ours]
+    try:
+        content = digest(
+            file
+            for file in files
+            if file.is_file()
+            and not file.name.startswith("cache-")  # datasets' own, beside saved datasets
+            and not any(file.absolute().is_relative_to(folder) for folder in written)
+        )
+    except OSError as error:
+        raise DataError(f"dataset.path: cannot read {error.filename}: {error.strerror}") from error
+    return {"dataset.content": content} if not remote else {"dataset.content": content, "dataset.remote": remote}
 
 
 def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) -> Samples:
@@ -80,7 +101,8 @@ def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) 
 
     raw = _load(config)
     column = config.messages_column or config.text_column
-    names = raw.column_names or list(next(iter(raw), {}))
+    with _as_data_error(config):
+        names = raw.column_names or list(next(iter(raw), {}))
     if column not in names:
         key = "messages_column" if config.messages_column else "text_column"
         raise DataError(
@@ -103,15 +125,16 @@ def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) 
         "remove_columns": names,
         "features": datasets.Features(columns),
     }
-    if config.streaming:
-        spool = tempfile.mkdtemp(prefix="distill-stream-")
-        encoded = datasets.Dataset.from_generator(
-            _Rows(raw.map(**arguments)), features=arguments["features"], cache_dir=spool
-        )
-        weakref.finalize(encoded, shutil.rmtree, spool, ignore_errors=True)
-    else:
-        workers = config.num_proc if config.num_proc > 1 else None
-        encoded = raw.map(**arguments, num_proc=workers, desc="tokenizing")
+    with _as_data_error(config):
+        if config.streaming:
+            spool = tempfile.mkdtemp(prefix="distill-stream-")
+            encoded = datasets.Dataset.from_generator(
+                _Rows(raw.map(**arguments)), features=arguments["features"], cache_dir=spool
+            )
+            weakref.finalize(encoded, shutil.rmtree, spool, ignore_errors=True)
+        else:  # never from datasets' cache, which does not know when our code or the tokenizer's changed
+            workers = config.num_proc if config.num_proc > 1 else None
+            encoded = raw.map(**arguments, num_proc=workers, desc="tokenizing", load_from_cache_file=False)
 
     lengths = _lengths(encoded)
     if not len(lengths):
@@ -148,33 +171,27 @@ class _Encoder:
         self._max_length, self._long = max_length, long
         with_specials = tokenizer("a")["input_ids"]
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._prefix = [] if chat else with_specials[: _find(with_specials, bare)]
+        self._prefix = with_specials[: _find(with_specials, bare)]
 
     def __call__(self, examples: Any, indices: list[int]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {"tokens": [], "source": []}
         if self._chat:
             columns["loss_mask"] = []
         values = list(examples[self._column])
-        encoded = map(self._encode_chat, values, indices) if self._chat else self._encode_texts(values, indices)
+        encoded = self._encode_chats(values, indices) if self._chat else self._encode_texts(values, indices)
         for (tokens, from_assistant), index in zip(encoded, indices, strict=True):
-            for window in self._windows(len(tokens)):
-                prefix = self._prefix if window.start else []
-                columns["tokens"].append(prefix + tokens[window])
+            prefix = self._prefix if tokens[: len(self._prefix)] == self._prefix else []  # a template may have none
+            for window in _windows(len(tokens), self._max_length, self._long, len(prefix)):
+                repeated = prefix if window.start else []
+                columns["tokens"].append(repeated + tokens[window])
                 columns["source"].append(index)
                 if self._chat:  # the mask speaks of the next token, which the last row of a window has not
-                    columns["loss_mask"].append([*from_assistant[window][1:], False])
+                    columns["loss_mask"].append([False] * len(repeated) + from_assistant[window][1:] + [False])
         return columns
 
-    def _windows(self, length: int) -> list[slice]:
-        """How a sequence is cut: later windows leave room for the special tokens that go in front of each."""
-        if not length:
-            return []
-        if self._max_length is None or length <= self._max_length:
-            return [slice(0, length)]
-        if self._long == "truncate":
-            return [slice(0, self._max_length)]
-        step = max(1, self._max_length - len(self._prefix))
-        return [slice(0, self._max_length), *(slice(at, at + step) for at in range(self._max_length, length, step))]
+    def _encode_chats(self, chats: list[Any], indices: list[int]) -> list[tuple[list[int], list[bool]]]:
+        where = f"{self._column!r}, example"
+        return [encode_chat(self._tokenizer, chat, f"{where} {i}") for chat, i in zip(chats, indices, strict=True)]
 
     def _encode_texts(self, texts: list[Any], indices: list[int]) -> list[tuple[list[int], list[bool]]]:
         for text, index in zip(texts, indices, strict=True):
@@ -185,52 +202,17 @@ class _Encoder:
         ids = self._tokenizer([text or "" for text in texts], verbose=False)["input_ids"]
         return [(tokens if text else [], []) for tokens, text in zip(ids, texts, strict=True)]
 
-    def _encode_chat(self, messages: Any, index: int) -> tuple[list[int], list[bool]]:
-        """Tokens of a chat and whether each was written by the assistant.
 
-        Templates that mark the assistant's words are asked; for others, a turn's words are what changes in the
-        rendered text when that turn is replaced, plus the special token that ends the turn.
-        """
-        if not messages:
-            return [], []
-        valid = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-        )
-        if not valid:
-            raise DataError(
-                f"dataset.messages_column: expected a list of {{role, content}} in {self._column!r}, "
-                f"found {_show(messages)} in example {index}"
-            )
-        turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
-            text = self._render(turns)
-            others = [
-                self._render([*turns[:i], {**turn, "content": "\u2063"}, *turns[i + 1 :]])
-                if turn["role"] == "assistant"
-                else text
-                for i, turn in enumerate(turns)
-            ]
-        except Exception as error:  # jinja's own, or whatever a template raises on purpose
-            raise DataError(f"dataset.messages_column: the chat template refuses example {index}: {error}") from error
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        special = set(self._tokenizer.all_special_ids)
-        mask = [False] * len(tokens)
-        for other in others:
-            if other == text:
-                continue
-            start = len(os.path.commonprefix([text, other]))
-            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
-            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-            for i in inside:
-                mask[i] = True
-            following = inside[-1] + 1 if inside else len(tokens)
-            if following < len(tokens) and tokens[following] in special:
-                mask[following] = True
-        return tokens, mask
-
-    def _render(self, turns: list[dict[str, Any]]) -> str:
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+def _windows(length: int, max_length: int | None, long: str, prefix: int) -> list[slice]:
+    """How a sequence is cut; later windows leave room for the `prefix` special tokens put in front of each."""
+    if not length:
+        return []
+    if max_length is None or length <= max_length:
+        return [slice(0, length)]
+    if long == "truncate":
+        return [slice(0, max_length)]
+    step = max(1, max_length - prefix)
+    return [slice(0, max_length), *(slice(at, at + step) for at in range(max_length, length, step))]
 
 
 def _load(config: DatasetConfig) -> Any:
@@ -241,29 +223,44 @@ def _load(config: DatasetConfig) -> Any:
         demo = datasets.Dataset.from_list(_demo_rows())
         return demo.to_iterable_dataset() if config.streaming else demo
     path = Path(config.path).expanduser()
-    try:
+    if path.is_file() and path.suffix not in _BUILDERS:
+        raise DataError(f"dataset.path: expected a file named {' '.join(_BUILDERS)}, found {path.name}")
+    if config.path.startswith(("/", "./", "../", "~")) and not path.exists():
+        raise DataError(f"dataset.path: found no file or folder {config.path}")
+    with _as_data_error(config):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, datasets.DatasetDict):
-                if config.split not in saved:
-                    raise DataError(f"dataset.split: expected one of {', '.join(saved)}, found {config.split}")
-                saved = saved[config.split]
-            return saved.to_iterable_dataset() if config.streaming else saved
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            if config.split not in splits:
+                raise DataError(f"dataset.split: expected {' or '.join(splits)}, found {config.split}")
+            chosen = splits[config.split]
+            return chosen.to_iterable_dataset() if config.streaming else chosen
+        builder, files = config.path, config.data_files
         if path.is_file():
-            if path.suffix not in _BUILDERS:
-                raise DataError(f"dataset.path: expected a file named {' '.join(_BUILDERS)}, found {path.name}")
-            return datasets.load_dataset(
-                _BUILDERS[path.suffix], data_files=str(path), split=config.split, streaming=config.streaming
-            )
-        if config.path.startswith(("/", "./", "../", "~")) and not path.is_dir():
-            raise DataError(f"dataset.path: found no file or folder {config.path}")
+            builder, files = _BUILDERS[path.suffix], str(path)
+        elif path.is_dir():
+            builder = str(path)
         return datasets.load_dataset(
-            config.path, config.name, data_files=config.data_files, split=config.split, streaming=config.streaming
+            builder, config.name, data_files=files, split=config.split, streaming=config.streaming
         )
-    except DataError:
-        raise
-    except Exception as error:  # load_dataset raises several dozen kinds, from the parsers' to the network's
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _as_data_error(config: DatasetConfig) -> Iterator[None]:
+    """`datasets` raises several dozen kinds, its parsers' and the network's among them, and wraps even ours."""
+    try:
+        yield
+    except Exception as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+            causes.append(cause)
+        for cause in causes:
+            if isinstance(cause, UserError):
+                raise cause from None
+        if any(isinstance(cause, StopIteration) for cause in causes):
+            raise DataError(f"dataset.path: found no rows in {config.path} (split {config.split})") from error
+        line = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
+        line = line if len(causes) == 1 else f"{(str(error).strip().splitlines() or [''])[0]} ({line})"
         raise DataError(f"dataset.path: cannot load {config.path} (split {config.split}): {line}") from error
 
 

@@ -19,12 +19,16 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill import __version__
 from distill.config import GenerateConfig, help_text, load, to_yaml
 from distill.errors import StoreError
 from distill.log import Session
-from distill.parallel import Grid
+from distill.parallel import Grid, refuse_other_launchers
+
+if TYPE_CHECKING:
+    from distill.store import Store
 
 logger = logging.getLogger("distill.generate")  # __name__ is __main__ here
 
@@ -42,19 +46,19 @@ def main(arguments: Sequence[str]) -> int:
 def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     """The whole run, as the worker that `grid` says."""
     # Imported here: torch, transformers and zarr take seconds, which --help or a misspelt key should not.
-    import torch
-
     from distill import prepare
     from distill.report import summary
     from distill.store import Store
     from distill.teacher import Teacher, locate, pick_device, resolve_dtype
     from distill.worker import Totals, Worker
 
+    refuse_other_launchers()
     device = pick_device(config.teacher.device, grid.local_rank, grid.local_world_size)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the same in every run: sums over other threads differ in their last bits
     session.open(config.log_dir)
     board = grid.board()
+    if grid.rank == 0:
+        others = f"; workers 1 to {grid.world_size - 1} log to {config.log_dir}/worker_<rank>.log"
+        logger.info("distill %s, %d worker(s)%s", __version__, grid.world_size, others if grid.world_size > 1 else "")
 
     if grid.local_rank > 0:  # one worker of each node converts or downloads the teacher
         board.wait(f"teacher is on node {grid.node}")
@@ -73,20 +77,23 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             logger.info("%s is complete already: nothing to do", config.store.path)
             logger.info(summary(store, Totals(), config))
             return
-        _announce(config, grid, f"{config.teacher.model}, {dtype_name}, on {device}")
+        logger.info("teacher: %s, %s, on %s", config.teacher.model, dtype_name, device)
+        (Path(config.log_dir) / "config.yaml").write_text(to_yaml(config))
         if store is None:
             store = prepare.plan_store(config, source, fingerprint, dtype_name)
         # One look at the commits for all: whoever looked later would miss what was done since, and deal differently.
         board.note("missing blocks", json.dumps(store.missing_blocks()))
-    elif board.wait("store") == "complete":
-        return
+    else:
+        store = None
+        if board.wait("store") == "complete":
+            return
     teacher = Teacher.load(source, device, dtype)
     missing = json.loads(board.wait("missing blocks"))
-    store = Store.open(config.store.path, config.store.options, writable=True)
-    if store is None:
+    store = store or Store.open(config.store.path, config.store.options, writable=True)
+    if store is None or not store.published:
         raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
     worker = Worker(config, store, teacher, board, missing, grid.deal(missing))
-    session.how_to_go_on = f"{worker.done_blocks} of {worker.num_blocks} blocks were there; the same command goes on"
+    session.how_to_go_on = "what is committed stays, and the same command goes on from there"
     bar = session.bar(worker.total_tokens, worker.done_tokens, worker.progress)
     worker.work()
     board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
@@ -94,19 +101,15 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     if grid.rank == 0:
         totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
         bar.finish()
-        if left := store.missing_blocks():
-            raise RuntimeError(f"blocks {left[:10]} are not committed although every worker is done")
-        store.mark_complete()
+        finish(store)
         logger.info(summary(store, totals, config))
 
 
-def _announce(config: GenerateConfig, grid: Grid, teacher: str) -> None:
-    """Say what runs and where the logs are, and keep the resolved configuration beside them."""
-    folder = Path(config.log_dir)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    others = f"; workers 1 to {grid.world_size - 1} log to {folder}/worker_<rank>.log" if grid.world_size > 1 else ""
-    logger.info("distill %s: %d worker%s%s", __version__, grid.world_size, "s" * (grid.world_size > 1), others)
-    logger.info("teacher: %s", teacher)
+def finish(store: "Store") -> None:
+    """Every worker is done: check that every block is committed, and mark the store complete."""
+    if left := store.missing_blocks():
+        raise RuntimeError(f"blocks {left[:10]} are not committed although every worker is done")
+    store.mark_complete()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Show what a store holds, at a glance.
 
-    python -m distill.inspect outputs/demo.zarr
+    python -m distill.inspect outputs/demo.zarr [store.options.KEY=VALUE ...]
 
 What it holds and how complete it is, from which teacher, the size of each array, and some rows in words: a token, and
 the five tokens that the teacher expects next.
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.errors import StoreError, UserError
+from distill.config import load
+from distill.errors import ConfigError, StoreError, UserError
 from distill.report import human, mean_topk_mass, table
 from distill.store import Store
 from distill.teacher.source import local_tokenizer
 
-_USAGE = "usage: python -m distill.inspect STORE"
+_USAGE = "usage: python -m distill.inspect STORE [store.options.KEY=VALUE ...]"
 _SHOWN_ROWS = 8
 _SHOWN_IDS = 5
 
@@ -28,11 +29,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0
     try:
-        if len(arguments) != 1:
-            raise StoreError(f"expected one argument, found {len(arguments)}\n{_USAGE}")
-        store = Store.open(arguments[0], {})
-        if store is None:
-            raise StoreError(f"store.path: found no store at {arguments[0]}")
+        paths = [argument for argument in arguments if "=" not in argument]
+        if len(paths) != 1:
+            raise ConfigError(f"expected one store, found {len(paths)}; {_USAGE}")
+        options = load([argument for argument in arguments if "=" in argument]).store.options
+        store = Store.open(paths[0], options)
+        if store is None or not store.published:
+            raise StoreError(f"store.path: found no store at {paths[0]}")
         print(describe(store))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

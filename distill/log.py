@@ -6,9 +6,10 @@ Worker 0 owns the console: plain lines that do not tear the progress bar. Every 
 When a worker dies, the console ends with its rank, its log's path and the last lines of that log, once. torchrun
 reads what a failed worker left in TORCHELASTIC_ERROR_FILE and prints it last. So each worker keeps that file up to
 date with every log line: even after SIGKILL, when nobody is left to explain, it is there. Workers that torchrun
-stops because of another's failure leave with status 0, so that only the culprit is listed.
+stops because another one failed leave with status 0, so that only the culprit is listed.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from distill.errors import UserError
 
 TAIL_LINES = 10
+_TAIL_BYTES = 1 << 14
 _LINE = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -104,7 +106,7 @@ class Session:
         if self.log is None:
             return f"worker {self.rank} failed before it had a log:\n{traceback.format_exc()}"
         with self.log.open("rb") as file:
-            file.seek(self._log_start)
+            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             tail = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
         head = f"worker {self.rank} failed; the end of its log, {self.log.absolute()}:"
         return "\n".join([head, *(f"  {line}" for line in tail or ["(empty)"])])
@@ -112,7 +114,8 @@ class Session:
     def leave_report(self) -> None:
         """Keep the report where torchrun will look for it, should this worker die without a word."""
         if self._error_file:
-            self._leave(self.report())
+            with contextlib.suppress(OSError):  # a full disk must not end the run
+                self._leave(self.report())
 
     def _say(self, text: str) -> None:
         """On the console, once: through torchrun, which prints it last, or directly."""
@@ -133,11 +136,21 @@ class Session:
         self._close_bars()
         if self.rank == 0 and self.how_to_go_on:
             os.write(2, f"stopped by {signal.Signals(number).name}; {self.how_to_go_on}\n".encode())
-        os._exit(0 if self._error_file else 128 + number)
+        os._exit(0 if self._error_file and _a_sibling_is_gone() else 128 + number)
 
     def _close_bars(self) -> None:
         for bar in self._bars:
             bar.close()
+
+
+def _a_sibling_is_gone() -> bool:
+    """Whether torchrun stops this worker because of another's failure, rather than somebody this worker alone."""
+    parent = os.getppid()
+    try:
+        siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:
+        return False
+    return len(siblings) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class TokenBar:
@@ -163,8 +176,9 @@ class TokenBar:
             self._thread.start()
 
     def _poll(self) -> None:
-        while not self._closed.wait(0.5):
-            self._show()
+        with contextlib.suppress(RuntimeError):  # torchrun and its store are gone: the run is ending
+            while not self._closed.wait(0.5):
+                self._show()
 
     def _show(self) -> None:
         tokens, postfix = self._read()

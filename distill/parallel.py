@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distill.errors import ConfigError
+
 if TYPE_CHECKING:  # importing torch takes seconds; usage errors should not
     from torch.distributed import Store
 
@@ -38,7 +40,7 @@ class Grid:
     @classmethod
     def from_environment(cls) -> "Grid":
         """The grid that torchrun's variables describe; a single worker without torchrun."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not _under_torchrun():
             return cls()
         return cls(
             rank=int(os.environ["RANK"]),
@@ -72,6 +74,17 @@ class Grid:
 
         store: Store = next(rendezvous("env://"))[0] if self.launched else HashStore()
         return Board(PrefixStore(f"distill/{self.attempt}", store))
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def refuse_other_launchers() -> None:
+    """Raise ConfigError where another launcher started several of us: each would think to be the only one."""
+    for name in () if _under_torchrun() else ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "1") != "1":
+            raise ConfigError(f"expected torchrun to start several workers, found {name}={os.environ[name]} without it")
 
 
 class Board:

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill import __version__, data, plan, schema
 from distill.config import GenerateConfig
-from distill.errors import ConfigError, StoreError
+from distill.errors import ConfigError, StoreError, TeacherError
 from distill.fingerprint import differences, summarize
 from distill.store import Store, check_writable
 from distill.teacher import Source
@@ -25,7 +25,7 @@ def fingerprint_of(config: GenerateConfig, source: Source, dtype: str) -> dict[s
         "teacher.dtype": dtype,
         "teacher.attn_implementation": config.teacher.attn_implementation,
         **source.fingerprint,
-        **data.identity(config.dataset),
+        **data.identity(config.dataset, ours=[config.store.path, config.log_dir]),
         "batch.max_tokens": config.batch.max_tokens,
         "store.block_rows": config.store.block_rows,
         "store.codec": config.store.codec,
@@ -48,25 +48,38 @@ def check_settings(config: GenerateConfig, source: Source) -> None:
 
 
 def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> Store | None:
-    """The store of this very run, if it was begun before.
+    """The store of this very run, locked, if it was begun before.
 
-    Raises StoreError where the path holds something else, another run's store (naming each key that differs), or cannot
-    be written.
+    Raises StoreError where the path holds something else, another run's store (naming each key that differs), or one
+    that another run is writing, or where it cannot be written.
     """
     store = Store.open(config.store.path, config.store.options, writable=True)
     check_writable(config.store.path)
-    if store is not None and (differing := differences(store.attributes["config"], fingerprint)):
+    if store is None:
+        return None
+    if differing := differences(store.attributes["config"], fingerprint):
         state = "a complete" if store.complete else "an unfinished"
         raise StoreError(
             f"store.path: {config.store.path} is {state} store of another run; choose another path, or delete it:\n  "
             + "\n  ".join(differing)
         )
+    if store.complete and not store.published:
+        raise StoreError(f"store.path: {config.store.path} was complete and now lacks its commits: a damaged copy?")
+    if not store.published:
+        return None
+    if not store.complete:
+        store.lock()
     return store
 
 
 def plan_store(config: GenerateConfig, source: Source, fingerprint: dict[str, Any], dtype: str) -> Store:
     """Tokenize the dataset, place the samples, and create the store with its tokens."""
     samples = data.tokenize(config.dataset, source.tokenizer, source.context_length)
+    if samples.largest_token >= source.vocab_size:
+        raise TeacherError(
+            f"teacher.model: expected token ids below {source.vocab_size}, the model's vocabulary, found "
+            f"{samples.largest_token} from its tokenizer of {len(source.tokenizer)}: the model was not resized for it"
+        )
     order = plan.permutation(len(samples.lengths), config.capture.seed)
     lengths = samples.lengths[order]
     rows = config.store.block_rows

@@ -7,8 +7,11 @@ entry is not there, whatever chunks lie around.
 R rows, S samples, B blocks.
 """
 
+import fcntl
+import logging
 import os
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from distill.errors import StoreError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "distill-cache"
 VERSION = 1
@@ -54,19 +59,18 @@ class Store:
 
     @classmethod
     def open(cls, path: str, options: Mapping[str, Any], writable: bool = False) -> "Store | None":
-        """The store at `path`; None where there is nothing, or only the beginnings of one.
+        """The store at `path`; None where there is nothing.
 
         Raises StoreError where there is something else, or a format version that this program does not know.
         """
-        if "://" not in path and not _is_group(Path(path)):
+        location = _location(path, options, read_only=not writable)
+        if not _is_group(path, location):
             return None
         zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1})  # the workers are the parallelism
         try:
-            group = zarr.open_group(_location(path, options, read_only=not writable), mode="r+" if writable else "r")
-        except FileNotFoundError:
-            return None
+            group = zarr.open_group(location, mode="r+" if writable else "r")
         except Exception as error:  # zarr's, the file system's, or an object store client's own
-            raise StoreError(f"store.path: cannot open {path}: {str(error).splitlines()[0]}") from error
+            raise StoreError(f"store.path: cannot open {path}: {_first_line(error)}") from error
         found = group.attrs.get("format"), group.attrs.get("version")
         if found[0] != FORMAT:
             raise StoreError(
@@ -74,9 +78,12 @@ class Store:
             )
         if found[1] != VERSION:
             raise StoreError(f"store.path: expected format version {VERSION} at {path}, found {found[1]!r}")
-        if "commits" not in group:  # made last: a plan that was interrupted
-            return None
         return cls(group, path)
+
+    @property
+    def published(self) -> bool:
+        """Whether the plan was written to its end; else there is nothing in the store yet."""
+        return "commits" in self._group
 
     @classmethod
     def create(
@@ -89,25 +96,39 @@ class Store:
         inner_rows: int,
         codec: str,
     ) -> "Store":
-        """Create the group, its attributes and its arrays; ``commits`` is left to `publish`.
+        """Create the group, locked, its attributes and its arrays; ``commits`` is left to `publish`.
 
-        attributes: must hold block_rows. sizes: R, S and B as row, sample and block. inner_rows: of an inner chunk.
-        Raises StoreError where the path cannot be written.
+        What is at `path`, a store whose plan was interrupted, is removed. attributes: must hold block_rows.
+        sizes: R, S and B as row, sample and block. inner_rows: of an inner chunk.
+        Raises StoreError where the path cannot be written, or another run is writing there.
         """
         try:
-            group = zarr.create_group(
-                _location(path, options, read_only=False),
-                overwrite=True,
-                attributes={"format": FORMAT, "version": VERSION, **attributes},
-            )
+            location = _location(path, options, read_only=False)
+            if isinstance(location, LocalStore):
+                location.root.mkdir(parents=True, exist_ok=True)
+            lock = _Lock(location)
+            if sync(location.exists("commits/zarr.json")):
+                raise StoreError(f"store.path: another run has begun {path} meanwhile; run the same command again")
+            for spec in specs:
+                sync(location.delete_dir(spec.name))
+            sync(location.delete("zarr.json"))
+            group = zarr.create_group(location, attributes={"format": FORMAT, "version": VERSION, **attributes})
             for spec in specs:
                 _create_array(group, spec, sizes[spec.over], int(attributes["block_rows"]), inner_rows, codec)
-        except OSError as error:
-            raise StoreError(f"store.path: cannot write {path}: {error.strerror or error}") from error
-        return cls(group, path)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise StoreError(f"store.path: cannot write {path}: {_first_line(error)}") from error
+        store = cls(group, path)
+        store._lock = lock
+        return store
 
     def publish(self, num_blocks: int) -> None:
-        """The plan is written: create ``commits`` [B] int64, one chunk per block. From here on the store exists."""
+        """The plan is written and durable: create ``commits`` [B] int64, a chunk per block. Now the store exists."""
+        if (root := self._local_root) is not None:
+            for name in self.array_names():
+                for folder, _, files in os.walk(root / name):
+                    _fsync(*(Path(folder) / file for file in files), Path(folder))
         self._group.create_array(
             "commits",
             shape=(num_blocks,),
@@ -118,6 +139,10 @@ class Store:
             compressors=(Crc32cCodec(),),
             dimension_names=("block",),
         )
+
+    def lock(self) -> None:
+        """Keep other runs out, as long as this object lives. Raises StoreError where one is at it."""
+        self._lock = _Lock(self._group.store)
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
@@ -131,8 +156,12 @@ class Store:
 
     def commit(self, block: int, num_rows: int, names: Iterable[str]) -> None:
         """Make the block's shards of the named arrays durable, then say that it is there."""
-        for name in names:
-            self._fsync(name, block)
+        if (root := self._local_root) is not None:
+            for (
+                name
+            ) in names:  # zarr renames a finished file into place, and leaves it to the system when it is on disk
+                file = root / name / self._chunk_key(name, block)
+                _fsync(file, *(folder for folder in file.parents if folder.is_relative_to(root / name)))
         self._array("commits")[block] = num_rows
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -168,8 +197,8 @@ class Store:
 
     def mark_complete(self) -> None:
         """Remove what killed workers left half written, and say that the store is complete."""
-        if isinstance(self._group.store, LocalStore):
-            for stale in Path(self._group.store.root).rglob("*.partial"):
+        if (root := self._local_root) is not None:
+            for stale in root.rglob("*.partial"):
                 stale.unlink()
         self.attributes["complete"] = True
         self._group.attrs.put(self.attributes)
@@ -193,46 +222,51 @@ class Store:
     def _chunk_key(self, name: str, block: int) -> str:
         return "/".join(["c", str(block), *("0" for _ in self._array(name).shape[1:])])
 
-    def _fsync(self, name: str, block: int) -> None:
-        """zarr renames a finished file into place, and leaves it to the system when it reaches the disk."""
+    @property
+    def _local_root(self) -> Path | None:
+        """The store's folder; None for an object store."""
         store = self._group.store
-        if not isinstance(store, LocalStore):
-            return
-        file = Path(store.root) / name / self._chunk_key(name, block)
-        for path in (file, file.parent):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        return Path(store.root) if isinstance(store, LocalStore) else None
 
 
 def check_writable(path: str) -> None:
     """Raise StoreError where a local `path` could not be created or written; creates nothing."""
     if "://" in path:
         return
-    at = Path(path).absolute()
-    while not at.exists():
-        at = at.parent
-    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+    at = Path(path).expanduser().absolute()
+    try:
+        while not at.exists():
+            at = at.parent
+        writable = at.is_dir() and os.access(at, os.W_OK | os.X_OK)
+    except OSError:  # a folder on the way that may not be entered
+        writable = False
+    if not writable:
         raise StoreError(f"store.path: cannot write {path}: {at} is not a folder that may be written")
 
 
-def _is_group(path: Path) -> bool:
+def _is_group(path: str, location: Any) -> bool:
     """Whether there is a Zarr group; False for nothing. Raises StoreError for a file, or a folder of something else."""
-    if (path / "zarr.json").is_file():
-        return True
-    content = [entry for entry in path.iterdir() if not entry.name.endswith(".partial")] if path.is_dir() else []
-    if path.is_file() or content:
-        kind = "a file" if path.is_file() else "a folder with other content"
+    try:
+        if "://" in path:
+            there = sync(location.exists("zarr.json"))
+            kind = "" if there or sync(location.is_empty("")) else "other content"
+        else:
+            root = Path(path).expanduser()
+            there = (root / "zarr.json").is_file()
+            inside = root.iterdir() if root.is_dir() and not there else []
+            foreign = any(not entry.name.endswith(".partial") for entry in inside)
+            kind = "a file" if root.is_file() else "a folder with other content" if foreign else ""
+    except Exception as error:  # no permission, or an object store client's own
+        raise StoreError(f"store.path: cannot read {path}: {_first_line(error)}") from error
+    if kind:
         raise StoreError(f"store.path: expected a {FORMAT}, an empty folder or nothing at {path}, found {kind}")
-    return False
+    return bool(there)
 
 
 def _location(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
     """What zarr takes for a local folder, or for the URL of an object store."""
     if "://" not in path:
-        return LocalStore(path, read_only=read_only)
+        return LocalStore(Path(path).expanduser(), read_only=read_only)
     try:
         import obstore
         from zarr.storage import ObjectStore
@@ -241,7 +275,37 @@ def _location(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
     try:
         return ObjectStore(obstore.store.from_url(path, **options), read_only=read_only)
     except Exception as error:
-        raise StoreError(f"store.path: cannot use {path}: {error}") from error
+        raise StoreError(f"store.path: cannot use {path}: {_first_line(error)}") from error
+
+
+class _Lock:
+    """A lock on a local store's folder; object stores, and file systems without such locks, stay unlocked."""
+
+    def __init__(self, location: Any) -> None:
+        if not isinstance(location, LocalStore):
+            return
+        self._descriptor = os.open(location.root, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"store.path: another run is writing {location.root}; wait for it, or stop it") from error
+        except OSError as error:
+            logger.info("store: %s cannot be locked (%s): let no other run write it", location.root, error.strerror)
+
+
+def _fsync(*paths: Path) -> None:
+    """Wait until files and folders are on disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _create_array(group: zarr.Group, spec: ArraySpec, size: int, block_rows: int, inner_rows: int, codec: str) -> None:

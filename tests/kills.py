@@ -50,13 +50,23 @@ def kill(launcher: subprocess.Popen[bytes], victim: str, rng: random.Random) -> 
     return True
 
 
+def committed(store: Path) -> int:
+    """Blocks that are committed."""
+    folder = store / "commits" / "c"
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
 def storm(folder: Path, arguments: list[str], kills: int, seed: int) -> Counter[str]:
-    """Start and kill until `kills` runs have been killed; then run to the end. Returns how often what was killed."""
+    """Start and kill until `kills` runs have been killed, or all is done. Returns how often what was killed when.
+
+    Every fourth kill is at a random moment of the first seconds: while importing, tokenizing, planning. The others are
+    soon after a random number of blocks more than there were.
+    """
     rng = random.Random(seed)
     done: Counter[str] = Counter()
-    commits = folder / "x.zarr" / "commits" / "c"
-    while sum(done.values()) < kills:
+    for number in range(kills):
         victim, workers = rng.choice(VICTIMS), rng.randint(1, 4)
+        before, early = committed(folder / "x.zarr"), number % 4 == 0
         with (folder / "storm.log").open("ab") as log:
             launcher = subprocess.Popen(
                 command(workers, arguments),
@@ -66,15 +76,19 @@ def storm(folder: Path, arguments: list[str], kills: int, seed: int) -> Counter[
                 stderr=log,
                 start_new_session=True,
             )
-            time.sleep(rng.uniform(2, 12 + 2 * workers))
-            there = len(list(commits.iterdir())) if commits.is_dir() else 0
-            if kill(launcher, victim, rng):
-                done[victim] += 1
-                print(f"kill {sum(done.values())}: {victim} of {workers}, {there} blocks committed", flush=True)
+            if early:
+                time.sleep(rng.uniform(2, 10))
+            wanted = before + rng.randint(1, 5)
+            while not early and committed(folder / "x.zarr") < wanted and launcher.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.3))
+            there = committed(folder / "x.zarr")
+            if not kill(launcher, victim, rng):
+                break
             launcher.wait(timeout=120)
-        if json.loads((folder / "x.zarr" / "zarr.json").read_text())["attributes"]["complete"] if there else False:
-            done["runs that were complete before their kill"] += 1
-            break
+        moment = "between commits" if there > before else "before the first commit"
+        done[f"{victim}, {moment}"] += 1
+        print(f"kill {number + 1}: {victim} of {workers}, {moment}; {there} blocks committed", flush=True)
     return done
 
 

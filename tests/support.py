@@ -42,8 +42,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(chat: bool = False, bos: bool = False) -> Any:
-    """A byte-level tokenizer of 262 tokens that needs no download."""
+def make_tokenizer(chat: bool = False, bos: bool = False, declared: bool = True) -> Any:
+    """A byte-level tokenizer of 262 tokens, made here. declared: the chat's special tokens are said to be special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +60,7 @@ def make_tokenizer(chat: bool = False, bos: bool = False) -> Any:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"] if declared else [],
     )
     if chat:
         fast.chat_template = CHAT_TEMPLATE
@@ -93,7 +93,7 @@ def save_model(name: str, folder: Path, chat: bool = False, bos: bool = False, *
 def environment() -> dict[str, str]:
     """That of a child: no hub, one thread, and this checkout."""
     root = str(Path(__file__).parent.parent)
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
 
 
 def command(workers: int | None, arguments: Sequence[str]) -> list[str]:

@@ -14,13 +14,14 @@ MAY_IMPORT = {
     "store": {"errors"},
     "parallel": {"errors"},
     "schema": {"store"},
-    "data": {"errors", "config", "fingerprint"},
+    "chat": {"errors"},
+    "data": {"errors", "config", "fingerprint", "chat"},
     "teacher": {"errors", "config", "fingerprint", "sparse", "parallel"},
     "prepare": {"errors", "config", "fingerprint", "data", "plan", "schema", "store", "teacher"},
     "worker": {"errors", "config", "parallel", "plan", "schema", "sparse", "store", "teacher"},
     "report": {"config", "store", "worker"},
     "generate": {"errors", "log", "config", "parallel", "prepare", "report", "store", "teacher", "worker"},
-    "inspect": {"errors", "report", "store", "teacher"},
+    "inspect": {"errors", "config", "report", "store", "teacher"},
 }
 
 

@@ -57,7 +57,7 @@ def test_text_files_builders_and_splits(sources):
     assert decoded(run(f"dataset.path={sources / 'x.txt'}")) == [(0, "one"), (2, "two")]
     assert len(run("dataset.path=json", f"dataset.data_files={sources / 'x.jsonl'}").lengths) == 3
     assert len(run(f"dataset.path={sources / 'splits'}", "dataset.split=test").lengths) == 1
-    with pytest.raises(DataError, match="expected one of train, test, found validation"):
+    with pytest.raises(DataError, match="expected train or test, found validation"):
         run(f"dataset.path={sources / 'splits'}", "dataset.split=validation")
 
 
@@ -128,21 +128,104 @@ def test_chats_that_templates_rewrite(tmp_path):
     assert "".join(learned) == "one<|end|><think>ho</think> two<|end|>"
 
 
+def learned_from(tokenizer, chat, tmp_path):
+    """The text that a student of this chat learns to say."""
+    path = write(tmp_path / "x.jsonl", [{"messages": chat}])
+    samples = run(f"dataset.path={path}", "dataset.messages_column=messages", tokenizer=tokenizer)
+    found = samples.take(np.array([0]))
+    return "".join(
+        tokenizer.decode([token])
+        for token, mask in zip(found["tokens"][1:], found["loss_mask"][:-1], strict=True)
+        if mask
+    )
+
+
+def test_end_of_turn_tokens_that_are_not_declared_as_special(tmp_path):
+    tokenizer = make_tokenizer(chat=True, declared=False)
+    assert tokenizer.convert_tokens_to_ids("<|end|>") not in tokenizer.all_special_ids
+    assert learned_from(tokenizer, CHAT, tmp_path) == "yo<|end|>hi yo<|end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", " <|end|>")  # a blank before it
+    assert learned_from(tokenizer, CHAT, tmp_path) == "yo <|end|>hi yo <|end|>"
+
+
+def test_tool_calls_and_empty_turns(tmp_path):
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] or '' }}"
+        "{% if m['tool_calls'] %}call:{{ m['tool_calls'] }}{% endif %}<|end|>{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok ", "tool_calls": "f(x)"}]
+    assert learned_from(tokenizer, chat, tmp_path) == "ok call:f(x)<|end|>"
+    chat[1]["content"] = ""
+    assert learned_from(tokenizer, chat, tmp_path) == "call:f(x)<|end|>"
+    chat[1]["tool_calls"] = ""
+    assert learned_from(tokenizer, chat, tmp_path) == "<|end|>"
+
+
+def test_templates_that_mark_the_assistants_words(tmp_path):
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    )
+    assert learned_from(tokenizer, CHAT, tmp_path) == "yo<|end|>hi yo<|end|>"
+
+
+def test_later_windows_of_a_chat_begin_as_the_first_does(tmp_path):
+    tokenizer = make_tokenizer(chat=True, bos=True)
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    path = write(tmp_path / "x.jsonl", [{"messages": CHAT}])
+    arguments = [f"dataset.path={path}", "dataset.messages_column=messages", "dataset.max_length=10"]
+    samples = run(*arguments, tokenizer=tokenizer)
+    windows = [samples.take(np.array([i])) for i in range(len(samples.lengths))]
+    assert len(windows) == 3
+    for window in windows:
+        assert tokenizer.decode(window["tokens"]).startswith("<s>")
+        assert len(window["tokens"]) == len(window["loss_mask"]) <= 10
+        assert not window["loss_mask"][-1]
+    assert not windows[1]["loss_mask"][0]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": 5}\n', None),
+        ('{"text": [5]}\n', "expected text in 'text', found"),
+        ('{"text": "a"}\n{"text\n', "cannot load"),
+        ("", "cannot load|found no rows"),
+    ],
+)
+def test_bad_files_are_data_errors(tmp_path, content, message, streaming):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        run(f"dataset.path={tmp_path / 'x.jsonl'}", f"dataset.streaming={streaming}")
+
+
 @pytest.mark.parametrize("messages", ["hello", [{"content": "no role"}], [1]])
 def test_what_is_no_chat_is_refused(tmp_path, messages):
     path = write(tmp_path / "x.jsonl", [{"messages": messages}])
-    with pytest.raises(DataError, match=r"expected a list of \{role, content\} in 'messages', found .* in example 0"):
+    with pytest.raises(DataError, match=r"expected a list of \{role, content\} in 'messages', example 0, found"):
         run(f"dataset.path={path}", "dataset.messages_column=messages", tokenizer=make_tokenizer(chat=True))
 
 
 def test_identity_follows_the_content(sources):
     def of(*arguments):
-        return identity(load(arguments).dataset)
+        return identity(load(arguments).dataset, ours=[str(sources / "out")])
 
     before = of(f"dataset.path={sources / 'x.jsonl'}")
     assert before == of(f"dataset.path={sources / 'folder' / 'x.jsonl'}")  # wherever it is
     (sources / "x.jsonl").write_text((sources / "x.jsonl").read_text().replace("abc", "abd"))
     assert before != of(f"dataset.path={sources / 'x.jsonl'}")
-    assert of("dataset.path=some/hub-id") == {"dataset.path": "some/hub-id"}
+    assert of("dataset.path=some/hub-id")["dataset.remote"] == ["some/hub-id"]
+    assert of("dataset.path=some/hub-id", "dataset.data_files=a*")["dataset.remote"] == ["some/hub-id", "a*"]
+    before = of(f"dataset.path={sources}")
+    (sources / "out").mkdir()
+    (sources / "out" / "x.jsonl").write_text("a run's own output")
+    assert before == of(f"dataset.path={sources}")
     files = of("dataset.path=json", f"dataset.data_files={sources}/*.jsonl")
-    assert files == of("dataset.path=json", f"dataset.data_files=[{sources / 'x.jsonl'}]")
+    assert (
+        files["dataset.content"]
+        == of("dataset.path=json", f"dataset.data_files=[{sources / 'x.jsonl'}]")["dataset.content"]
+    )

@@ -57,9 +57,15 @@ def test_tensorstore_reads_the_same(tmp_path):
 
 def test_an_interrupted_plan_is_no_store(tmp_path):
     create(tmp_path / "x.zarr", publish=False)
-    assert Store.open(str(tmp_path / "x.zarr"), {}) is None
+    begun = Store.open(str(tmp_path / "x.zarr"), {})
+    assert begun is not None
+    assert not begun.published
     create(tmp_path / "x.zarr")  # begun anew in the same place
-    assert Store.open(str(tmp_path / "x.zarr"), {}) is not None
+    begun = Store.open(str(tmp_path / "x.zarr"), {})
+    assert begun is not None
+    assert begun.published
+    with pytest.raises(StoreError, match="another run has begun"):
+        create(tmp_path / "x.zarr")
     assert Store.open(str(tmp_path / "nothing"), {}) is None
     assert not (tmp_path / "nothing").exists()
 
@@ -89,6 +95,25 @@ def test_strangers_are_refused(tmp_path):
     zarr.open_group(tmp_path / "x.zarr").attrs["version"] = 2
     with pytest.raises(StoreError, match=r"expected format version 1 at .*, found 2"):
         Store.open(str(tmp_path / "x.zarr"), {})
+
+
+def test_strangers_behind_a_url_are_refused(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(StoreError, match="found other content"):
+        Store.open(f"file://{tmp_path}", {}, writable=True)
+    (tmp_path / "empty").mkdir()
+    assert Store.open(f"file://{tmp_path}/empty", {}, writable=True) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "precious"]
+
+
+def test_only_one_run_writes_a_store(tmp_path):
+    first = create(tmp_path / "x.zarr")
+    second = Store.open(str(tmp_path / "x.zarr"), {}, writable=True)
+    assert second is not None
+    with pytest.raises(StoreError, match="another run is writing"):
+        second.lock()
+    del first
+    second.lock()
 
 
 def test_completion_sweeps_up_after_the_killed(tmp_path):

@@ -113,7 +113,11 @@ def test_devices_that_are_not_there():
 def test_devices_that_are_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)]
+    assert pick_device("auto", 5, 8) == torch.device("cuda", 1)  # shared
     assert pick_device("cuda:1", 0, 1) == torch.device("cuda", 1)
     with pytest.raises(TeacherError, match="expected a GPU for each of the node's 3 workers, found 2"):
         pick_device("cuda", 2, 3)

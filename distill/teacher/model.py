@@ -30,8 +30,14 @@ _FEWEST_SLICE_TOKENS = 256
 
 
 def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of this worker. Raises TeacherError where there is no such device, or fewer GPUs than workers."""
+    """The device of this worker, made the current one.
+
+    With auto, workers share GPUs if there are more of them; with cuda, each has its own. On a CPU each worker computes
+    in one thread, whatever their number: sums over other threads differ in their last bits.
+    Raises TeacherError where there is no such device, or fewer GPUs than workers.
+    """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        torch.set_num_threads(1)
         return torch.device("cpu")
     kind, _, index = wanted.partition(":")
     if kind not in ("auto", "cuda") or (index and not index.isdigit()):
@@ -43,11 +49,15 @@ def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
         raise TeacherError(
             f"teacher.device: {wanted} serves one worker, found {local_world_size} on this node; use cuda"
         )
-    if local_world_size > count or int(index or 0) >= count:
+    if (kind == "cuda" and local_world_size > count) or int(index or 0) >= count:
         raise TeacherError(
             f"teacher.device={wanted}: expected a GPU for each of the node's {local_world_size} workers, found {count}"
         )
-    return torch.device("cuda", int(index) if index else local_rank)
+    if local_world_size > count:
+        logger.warning("teacher: %d workers share %d GPU(s)", local_world_size, count)
+    device = torch.device("cuda", int(index) if index else local_rank % count)
+    torch.cuda.set_device(device)
+    return device
 
 
 def resolve_dtype(source: Source, device: torch.device) -> torch.dtype:
@@ -91,7 +101,10 @@ class Teacher:
             raise TeacherError(
                 f"teacher.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
             )
-        return cls(model.eval().to(device), device)
+        try:
+            return cls(model.eval().to(device), device)
+        except torch.OutOfMemoryError as error:
+            raise TeacherError(f"teacher.model: {source.folder} does not fit into the memory of {device}") from error
 
     @torch.inference_mode()
     def logits(self, samples: Sequence[NDArray[np.int32]]) -> Iterator[Tensor]:
@@ -108,14 +121,10 @@ class Teacher:
 
     def _hidden(self, samples: Sequence[NDArray[np.int32]]) -> Tensor:
         """Last hidden states of the real tokens, [N, H]."""
-        lengths = np.array([len(sample) for sample in samples])
-        ids = np.zeros((len(samples), lengths.max()), np.int64)  # [B, T], any id serves as padding
-        real = np.arange(lengths.max()) < lengths[:, None]  # [B, T]
-        ids[real] = np.concatenate(samples)
-        output = self._backbone(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
-        self._output = output
-        hidden: Tensor = output.last_hidden_state  # [B, T, H]
-        return hidden.flatten(0, 1) if real.all() else hidden[torch.from_numpy(real).to(self.device)]
+        ids, real = _pad(samples, self.device)
+        self._output = self._backbone(input_ids=ids, use_cache=False)
+        hidden: Tensor = self._output.last_hidden_state  # [B, T, H]
+        return hidden[real]
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, H] to float32 logits [n, V], by the model's own forward around them."""
@@ -133,22 +142,32 @@ class Teacher:
 
     @torch.inference_mode()
     def _split(self) -> bool:
-        """Put our head in place and compare it, on a padded batch, with the plain model; where they differ, undo it."""
+        """Put our head in place and compare it with the plain model; where they differ, undo it.
+
+        On one padded batch the two must agree closely, and padding may not matter more than other batch shapes do.
+        """
         model, head = self._model, self._model.get_output_embeddings()
         rng = np.random.Generator(np.random.PCG64(0))
         samples = [rng.integers(0, self.vocab_size, length).astype(np.int32) for length in (9, 5)]
-        expected = torch.cat([self._plain(sample) for sample in samples])
         self._backbone, self._replay = model.base_model, _Replay()
         if self._backbone is model or not isinstance(head, nn.Linear):
             return self._fall_back("it has no backbone and linear head to take apart")
+        exact = head.weight.dtype == torch.float32
+        ids, real = _pad(samples, self.device)
+        padded = model(input_ids=ids, use_cache=False).logits[real].float()  # [N, V]
+        alone = torch.cat([self._plain(sample) for sample in samples])  # [N, V]
+        if _relative_difference(alone, padded) > (1e-3 if exact else 0.25):
+            return self._fall_back("padding on the right changes its logits")
         setattr(model, model.base_model_prefix, self._replay)
         model.set_output_embeddings(_Float32Head(head))
         try:
             found = torch.cat([self._head(hidden) for hidden in torch.split(self._hidden(samples), 4)])
-            difference = _relative_difference(expected, found)
-            if difference <= (1e-3 if head.weight.dtype == torch.float32 else 0.05):
+            difference = _relative_difference(padded, found)
+            if difference <= (1e-3 if exact else 0.02):
                 return True
             reason = f"taken apart, its logits differ by {difference:.2g} of the largest"
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a forward that wants more of its backbone than hidden states may raise anything
             reason = f"its forward does not run on hidden states ({type(error).__name__}: {error})"
         setattr(model, model.base_model_prefix, self._backbone)
@@ -158,6 +177,15 @@ class Teacher:
     def _fall_back(self, reason: str) -> bool:
         logger.warning("teacher: one sample at a time, with whole forward passes, which is slower: %s", reason)
         return False
+
+
+def _pad(samples: Sequence[NDArray[np.int32]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] int64, padded on the right, and which of them are real, [B, T] bool."""
+    lengths = np.array([len(sample) for sample in samples])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(real.shape, np.int64)  # any id serves as padding
+    ids[real] = np.concatenate(samples)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
 
 
 def _relative_difference(expected: Tensor, found: Tensor) -> float:

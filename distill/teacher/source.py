@@ -54,12 +54,9 @@ class Source:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What identifies the model and the tokenizer, wherever the folder is."""
-        tokenizer = sorted(
-            file
-            for file in self.folder.iterdir()
-            if file.name.startswith(("token", "vocab", "merges", "special", "chat_"))
-        )
-        weights = sorted(file for file in self.folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        files = sorted(file for file in self.folder.iterdir() if file.is_file())
+        tokenizer = [file for file in files if file.name.startswith(("token", "vocab", "merges", "special", "chat_"))]
+        weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
         return {
             "teacher.config": digest([self.folder / "config.json"]),
             "teacher.weights": digest(weights),
@@ -146,23 +143,30 @@ def _demo_folder() -> Path:
     folder = _demo_cache()
     if folder.is_dir():
         return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    location = package.submodule_search_locations[0]
     logger.info("demo teacher: converting SmolLM2-135M-Instruct from GGUF to safetensors, once, into %s", folder)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    model = AutoModelForCausalLM.from_pretrained(
-        location, gguf_file=_DEMO_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    model.save_pretrained(partial)
-    logger.info("demo teacher: converting its tokenizer")
-    AutoTokenizer.from_pretrained(location, gguf_file=_DEMO_GGUF).save_pretrained(partial)
+    try:
+        partial.mkdir(parents=True)
+        _convert_gguf(package.submodule_search_locations[0], partial)
+    except (ImportError, OSError) as error:
+        raise TeacherError(f"teacher.model=demo: cannot convert it into {partial}: {_first_line(error)}") from error
     try:
         partial.rename(folder)
     except OSError:  # somebody else was quicker
         shutil.rmtree(partial)
     return folder
+
+
+def _convert_gguf(location: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        location, gguf_file=_DEMO_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    logger.info("demo teacher: converting its tokenizer")
+    AutoTokenizer.from_pretrained(location, gguf_file=_DEMO_GGUF).save_pretrained(folder)
 
 
 def _demo_cache() -> Path:

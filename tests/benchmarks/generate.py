@@ -4,7 +4,7 @@
 
 Three ways over the same samples, in turn, in one process, `rounds` times; medians of the ratios within a round.
 
-bare      backbone and head of each sample alone, without padding, in the teacher's dtype; nothing is kept
+bare      backbone and head over the same tokens, perfectly batched: full rows, no padding; nothing is kept
 distill   what distill.generate does once the teacher is loaded: read tokens, batch, forward, capture, compress, commit
 loop      what is written today: padded batches of 8 in data order, model(...).logits, log_softmax, topk, HDF5 with gzip
 
@@ -42,12 +42,14 @@ def samples_of(store: Store) -> Iterator[np.ndarray[Any, Any]]:
         yield store.read_rows("tokens", int(start), int(start + length))
 
 
-def bare(model: Any, store: Store) -> None:
-    """Backbone and head of each sample, without padding."""
-    for sample in samples_of(store):
-        ids = torch.from_numpy(sample.astype(np.int64))[None].to(model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        for part in hidden.split(256 if model.device.type == "cpu" else 4096):
+def bare(model: Any, store: Store, max_tokens: int) -> None:
+    """Backbone and head over the same tokens in full rows of the samples' mean length: nothing is padded or kept."""
+    tokens = np.concatenate(list(samples_of(store))).astype(np.int64)
+    length = len(tokens) // int(store.attributes["num_samples"])
+    rows = torch.from_numpy(tokens[: len(tokens) // length * length]).view(-1, length)  # [rows, T]
+    for ids in rows.split(max(1, max_tokens // length)):
+        hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+        for part in hidden.flatten(0, 1).split(1024):
             model.get_output_embeddings()(part)
 
 
@@ -93,7 +95,7 @@ def main(arguments: list[str]) -> None:
         Worker(config, store, teacher, Grid().board(), missing, missing).work()
 
     ways: dict[str, Callable[[], None]] = {
-        "bare": lambda: bare(model, planned),
+        "bare": lambda: bare(model, planned, 1024 if device.type == "cpu" else config.batch.max_tokens),
         "distill": distill,
         "loop": lambda: loop(model, planned, scratch / "x.h5", config.capture.k),
     }

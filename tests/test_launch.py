@@ -1,0 +1,44 @@
+"""The README's first command, and the presets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.config import load
+from tests.support import environment, tree
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
+    """In this environment, which has what it installs, with less data; twice."""
+    arguments = ["dataset.max_samples=2", f"store.path={tmp_path}/x.zarr", f"log_dir={tmp_path}/logs"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    stores = []
+    for told in ("tokens/s", "complete already"):
+        ran = subprocess.run(
+            ["bash", str(ROOT / "launch" / "demo.sh"), *arguments],
+            cwd=tmp_path,
+            env={**environment(), "VIRTUAL_ENV": sys.prefix, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert told in ran.stderr
+        assert f"python -m distill.inspect {tmp_path}/x.zarr" in ran.stderr
+        stores.append(tree(tmp_path / "x.zarr"))
+    assert stores[0] == stores[1]
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_presets_load(preset: Path) -> None:
+    config = load([str(preset)])
+    assert config.store.path.startswith("outputs/")
+    if preset.name == "demo.yaml":
+        assert config == load([])
