@@ -5,7 +5,7 @@ import torch
 from distill.sparse import capture, round_logprobs
 
 
-@pytest.mark.parametrize(("vocabulary", "k"), [(100, 10), (64, 64), (5000, 50), (50, 1), (1, 1)])
+@pytest.mark.parametrize(("vocabulary", "k"), [(100, 10), (64, 64), (5000, 50), (50, 1), (1, 1), (2001, 5), (6400, 24)])
 def test_capture_is_exact(vocabulary, k):
     torch.manual_seed(0)
     logits = torch.randn(9, vocabulary) * 6
@@ -32,6 +32,13 @@ def test_ties_go_to_the_lowest_id():
     logits[1, [7, 900, 3]] = 2.0
     found = capture(logits, 5, [1.0], torch.zeros(3, dtype=torch.long))
     assert found.topk_ids.tolist() == [[500, 501, 502, 503, 504], [3, 7, 900, 0, 1], [0, 1, 2, 3, 4]]
+
+
+def test_many_ties_in_a_large_vocabulary():
+    logits = torch.randint(0, 4, (50, 4097)).float()
+    expected = logits.sort(dim=1, descending=True, stable=True).indices[:, :7]
+    found = capture(logits.clone(), 7, [1.0], torch.zeros(50, dtype=torch.long))
+    assert torch.equal(found.topk_ids.long(), expected)
 
 
 def test_a_tail_far_below_the_rest_is_not_lost():

@@ -43,9 +43,13 @@ def samples_of(store: Store) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def bare(model: Any, store: Store, max_tokens: int) -> None:
-    """Backbone and head over the same tokens in full rows of the samples' mean length: nothing is padded or kept."""
-    tokens = np.concatenate(list(samples_of(store))).astype(np.int64)
-    length = len(tokens) // int(store.attributes["num_samples"])
+    """Backbone and head over the same tokens in full rows, all of one length: nothing is padded, nothing is kept.
+
+    The length is the mean over tokens of their sample's length, so that attention has as much to do as in the samples.
+    """
+    samples = list(samples_of(store))
+    tokens = np.concatenate(samples).astype(np.int64)
+    length = sum(len(sample) ** 2 for sample in samples) // len(tokens)
     rows = torch.from_numpy(tokens[: len(tokens) // length * length]).view(-1, length)  # [rows, T]
     for ids in rows.split(max(1, max_tokens // length)):
         hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
