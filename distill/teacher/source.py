@@ -148,7 +148,8 @@ def _demo_folder() -> Path:
     try:
         partial.mkdir(parents=True)
         _convert_gguf(package.submodule_search_locations[0], partial)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:  # transformers lacks gguf or accelerate, or the disk is full
+        shutil.rmtree(partial, ignore_errors=True)
         raise TeacherError(f"teacher.model=demo: cannot convert it into {partial}: {_first_line(error)}") from error
     try:
         partial.rename(folder)
