@@ -57,8 +57,10 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     session.open(config.log_dir)
     board = grid.board()
     if grid.rank == 0:
-        others = f"; workers 1 to {grid.world_size - 1} log to {config.log_dir}/worker_<rank>.log"
-        logger.info("distill %s, %d worker(s)%s", __version__, grid.world_size, others if grid.world_size > 1 else "")
+        where = {1: "", 2: f"s; worker 1 logs to {config.log_dir}/worker_1.log"}.get(
+            grid.world_size, f"s; workers 1 to {grid.world_size - 1} log to {config.log_dir}/worker_<rank>.log"
+        )
+        logger.info("distill %s, %d worker%s", __version__, grid.world_size, where)
 
     if grid.local_rank > 0:  # one worker of each node converts or downloads the teacher
         board.wait(f"teacher is on node {grid.node}")
