@@ -110,7 +110,8 @@ class Teacher:
     def logits(self, samples: Sequence[NDArray[np.int32]]) -> Iterator[Tensor]:
         """Float32 logits [n, V] of every token of the samples, sample after sample, a slice at a time.
 
-        samples: token ids, [T_i] each, together one batch. The slices are the caller's to overwrite.
+        samples: token ids, [T_i] each, together one batch. A slice is the caller's to overwrite until the next is
+        taken, which may lie in the same memory.
         """
         if not self._sliced:
             for sample in samples:
@@ -161,7 +162,7 @@ class Teacher:
         setattr(model, model.base_model_prefix, self._replay)
         model.set_output_embeddings(_Float32Head(head))
         try:
-            found = torch.cat([self._head(hidden) for hidden in torch.split(self._hidden(samples), 4)])
+            found = torch.cat([self._head(hidden).clone() for hidden in torch.split(self._hidden(samples), 4)])
             difference = _relative_difference(padded, found)
             if difference <= (1e-3 if exact else 0.02):
                 return True
@@ -218,11 +219,18 @@ class _Float32Head(nn.Module):
         on_gpu = head.weight.device.type == "cuda"
         self._mixed = on_gpu and head.weight.dtype != torch.float32
         self._weight32 = head.weight if on_gpu else head.weight.float()  # CPU matmuls have no mixed precision: a copy
+        self._buffer = (
+            None if on_gpu else torch.empty(0, head.weight.shape[0])
+        )  # as fresh pages cost a CPU up to a tenth
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, n, H] -> [1, n, V] float32."""
-        if not self._mixed:
-            bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(hidden.float(), self._weight32, bias)
-        logits = torch.mm(hidden[0].to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32)[None]
-        return logits if self.bias is None else logits + self.bias.float()
+        if self._mixed:
+            logits = torch.mm(hidden[0].to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32)
+        elif self._buffer is None:
+            logits = torch.mm(hidden[0].float(), self._weight32.t())
+        else:
+            if len(self._buffer) < hidden.shape[1]:
+                self._buffer = hidden.new_empty(hidden.shape[1], len(self.weight), dtype=torch.float32)
+            logits = torch.mm(hidden[0].float(), self._weight32.t(), out=self._buffer[: hidden.shape[1]])
+        return (logits if self.bias is None else logits.add_(self.bias.float()))[None]
