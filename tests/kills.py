@@ -76,8 +76,10 @@ def storm(folder: Path, arguments: list[str], kills: int, seed: int) -> Counter[
                 stderr=log,
                 start_new_session=True,
             )
+            while len(children(launcher.pid)) < workers and launcher.poll() is None:
+                time.sleep(0.02)
             if early:
-                time.sleep(rng.uniform(2, 10))
+                time.sleep(rng.uniform(0, 8))
             wanted = before + rng.randint(1, 5)
             while not early and committed(folder / "x.zarr") < wanted and launcher.poll() is None:
                 time.sleep(0.02)
