@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.errors import ConfigError
+from distill.errors import ConfigError, first_line
 
 
 def _key(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
@@ -142,12 +142,12 @@ def load(arguments: Sequence[str]) -> GenerateConfig:
         try:
             parsed = OmegaConf.from_dotlist([pair])
         except Exception as error:  # whatever the YAML parser raises on the value
-            raise ConfigError(f"{pair}: the value is not YAML: {_first_line(error)}") from error
+            raise ConfigError(f"{pair}: the value is not YAML: {first_line(error)}") from error
         merged = _merge(merged, parsed, origin="")
     try:
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{_first_line(error)} (write \\${{...}} for a plain dollar)") from error
+        raise ConfigError(f"{first_line(error)} (write \\${{...}} for a plain dollar)") from error
     for name, leaf in _leaves(GenerateConfig):
         value, choices = OmegaConf.select(merged, name), leaf.metadata["choices"]
         if choices and value not in choices:
@@ -196,7 +196,7 @@ def _read_yaml(file: str) -> DictConfig:
     try:
         content = OmegaConf.load(file)
     except Exception as error:  # whatever the YAML parser or the file system raises
-        raise ConfigError(f"{file}: not readable as YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{file}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{file}: expected a mapping of keys to values, found a {type(content).__name__}")
     return content
@@ -268,7 +268,3 @@ def _is_list_of(value: Any, kind: type) -> bool:
 def _at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise ConfigError(f"{name}: expected at least {least}, found {value}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

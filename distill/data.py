@@ -5,7 +5,6 @@ token was written by the assistant (its end-of-turn marker included).
 """
 
 import glob
-import logging
 import shutil
 import tempfile
 import weakref
@@ -22,10 +21,8 @@ from numpy.typing import NDArray
 
 from distill.chat import encode_chat
 from distill.config import DatasetConfig
-from distill.errors import DataError, UserError
+from distill.errors import DataError, UserError, first_line
 from distill.fingerprint import digest, text_digest
-
-logger = logging.getLogger(__name__)
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 _DEMO_LONGEST_CHARACTERS = 4000
@@ -111,6 +108,10 @@ def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) 
     if config.messages_column and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "dataset.messages_column: the teacher's tokenizer has no chat template; use dataset.text_column"
+        )
+    if config.messages_column and not tokenizer.is_fast:
+        raise DataError(
+            "dataset.messages_column: expected a fast tokenizer, which knows where its tokens lie in a text"
         )
     if config.max_samples is not None:
         raw = raw.take(config.max_samples) if config.streaming else raw.select(range(min(config.max_samples, len(raw))))
@@ -259,8 +260,7 @@ def _as_data_error(config: DatasetConfig) -> Iterator[None]:
                 raise cause from None
         if any(isinstance(cause, StopIteration) for cause in causes):
             raise DataError(f"dataset.path: found no rows in {config.path} (split {config.split})") from error
-        line = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
-        line = line if len(causes) == 1 else f"{(str(error).strip().splitlines() or [''])[0]} ({line})"
+        line = first_line(error) if len(causes) == 1 else f"{first_line(error)} ({first_line(causes[-1])})"
         raise DataError(f"dataset.path: cannot load {config.path} (split {config.split}): {line}") from error
 
 

@@ -38,3 +38,8 @@ class StoreError(UserError):
 
 class NumericalError(DistillError, ArithmeticError):
     """The teacher's logits are NaN or infinite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -24,7 +24,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from distill.errors import StoreError
+from distill.errors import StoreError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Store:
         try:
             group = zarr.open_group(location, mode="r+" if writable else "r")
         except Exception as error:  # zarr's, the file system's, or an object store client's own
-            raise StoreError(f"store.path: cannot open {path}: {_first_line(error)}") from error
+            raise StoreError(f"store.path: cannot open {path}: {first_line(error)}") from error
         found = group.attrs.get("format"), group.attrs.get("version")
         if found[0] != FORMAT:
             raise StoreError(
@@ -118,7 +118,7 @@ class Store:
         except StoreError:
             raise
         except Exception as error:
-            raise StoreError(f"store.path: cannot write {path}: {_first_line(error)}") from error
+            raise StoreError(f"store.path: cannot write {path}: {first_line(error)}") from error
         store = cls(group, path)
         store._lock = lock
         return store
@@ -157,9 +157,7 @@ class Store:
     def commit(self, block: int, num_rows: int, names: Iterable[str]) -> None:
         """Make the block's shards of the named arrays durable, then say that it is there."""
         if (root := self._local_root) is not None:
-            for (
-                name
-            ) in names:  # zarr renames a finished file into place, and leaves it to the system when it is on disk
+            for name in names:  # zarr renames a finished file into place, and lets the system write it when it likes
                 file = root / name / self._chunk_key(name, block)
                 _fsync(file, *(folder for folder in file.parents if folder.is_relative_to(root / name)))
         self._array("commits")[block] = num_rows
@@ -257,7 +255,7 @@ def _is_group(path: str, location: Any) -> bool:
             foreign = any(not entry.name.endswith(".partial") for entry in inside)
             kind = "a file" if root.is_file() else "a folder with other content" if foreign else ""
     except Exception as error:  # no permission, or an object store client's own
-        raise StoreError(f"store.path: cannot read {path}: {_first_line(error)}") from error
+        raise StoreError(f"store.path: cannot read {path}: {first_line(error)}") from error
     if kind:
         raise StoreError(f"store.path: expected a {FORMAT}, an empty folder or nothing at {path}, found {kind}")
     return bool(there)
@@ -275,7 +273,7 @@ def _location(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
     try:
         return ObjectStore(obstore.store.from_url(path, **options), read_only=read_only)
     except Exception as error:
-        raise StoreError(f"store.path: cannot use {path}: {_first_line(error)}") from error
+        raise StoreError(f"store.path: cannot use {path}: {first_line(error)}") from error
 
 
 class _Lock:
@@ -302,10 +300,6 @@ def _fsync(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _create_array(group: zarr.Group, spec: ArraySpec, size: int, block_rows: int, inner_rows: int, codec: str) -> None:

@@ -60,12 +60,12 @@ class Worker:
         self._config, self._store, self._board, self._teacher = config, store, board, teacher
         self._plan = Plan(store.block_rows, store.read_all("sample_start"), store.read_all("sample_length"))
         self._tokens_per_block = self._plan.tokens_per_block()
-        self.num_blocks, self.done_blocks = self._plan.num_blocks, self._plan.num_blocks - len(missing)
         self.total_tokens = int(self._tokens_per_block.sum())
         self.done_tokens = self.total_tokens - int(self._tokens_per_block[missing].sum())
         self.totals = Totals()
         self._blocks = dealt
-        logger.info("%d of %d blocks are there; this worker does %d", self.done_blocks, self.num_blocks, len(dealt))
+        there = self._plan.num_blocks - len(missing)
+        logger.info("%d of %d blocks are there; this worker does %d", there, self._plan.num_blocks, len(dealt))
 
     def work(self) -> None:
         """Forward and capture each block; meanwhile the block before is written and committed."""

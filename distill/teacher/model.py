@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill.errors import TeacherError
+from distill.errors import TeacherError, first_line
 from distill.teacher.source import Source
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ class Teacher:
                 output_loading_info=True,
             )
         except Exception as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TeacherError(f"teacher.model: cannot load {source.folder}: {line}") from error
+            raise TeacherError(f"teacher.model: cannot load {source.folder}: {first_line(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise TeacherError(
                 f"teacher.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
@@ -219,9 +218,8 @@ class _Float32Head(nn.Module):
         on_gpu = head.weight.device.type == "cuda"
         self._mixed = on_gpu and head.weight.dtype != torch.float32
         self._weight32 = head.weight if on_gpu else head.weight.float()  # CPU matmuls have no mixed precision: a copy
-        self._buffer = (
-            None if on_gpu else torch.empty(0, head.weight.shape[0])
-        )  # as fresh pages cost a CPU up to a tenth
+        # Reused on a CPU, where the fresh pages of a new tensor cost up to a tenth of the product.
+        self._buffer = None if on_gpu else torch.empty(0, head.weight.shape[0])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, n, H] -> [1, n, V] float32."""

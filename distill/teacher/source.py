@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import TeacherConfig
-from distill.errors import TeacherError
+from distill.errors import TeacherError, first_line
 from distill.fingerprint import digest, text_digest
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def locate(config: TeacherConfig) -> Source:
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise TeacherError(f"teacher.model: cannot read {folder / 'config.json'}: {_first_line(error)}") from error
+        raise TeacherError(f"teacher.model: cannot read {folder / 'config.json'}: {first_line(error)}") from error
     known = model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not known and "AutoModelForCausalLM" not in (getattr(model_config, "auto_map", None) or {}):
         raise TeacherError(
@@ -89,7 +89,7 @@ def locate(config: TeacherConfig) -> Source:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise TeacherError(f"teacher.model: no usable tokenizer in {folder}: {_first_line(error)}") from error
+        raise TeacherError(f"teacher.model: no usable tokenizer in {folder}: {first_line(error)}") from error
     return Source(folder, config, model_config, tokenizer)
 
 
@@ -129,7 +129,7 @@ def _resolve(config: TeacherConfig) -> Path:
         return found
     except Exception as error:  # the hub client has dozens, from validation to the network's
         raise TeacherError(
-            f"teacher.model: {config.model} is neither a folder here nor to be had from the hub: {_first_line(error)}"
+            f"teacher.model: {config.model} is neither a folder here nor to be had from the hub: {first_line(error)}"
         ) from error
 
 
@@ -150,7 +150,7 @@ def _demo_folder() -> Path:
         _convert_gguf(package.submodule_search_locations[0], partial)
     except (ImportError, OSError, ValueError) as error:  # transformers lacks gguf or accelerate, or the disk is full
         shutil.rmtree(partial, ignore_errors=True)
-        raise TeacherError(f"teacher.model=demo: cannot convert it into {partial}: {_first_line(error)}") from error
+        raise TeacherError(f"teacher.model=demo: cannot convert it into {partial}: {first_line(error)}") from error
     try:
         partial.rename(folder)
     except OSError:  # somebody else was quicker
@@ -173,7 +173,3 @@ def _convert_gguf(location: str, folder: Path) -> None:
 def _demo_cache() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "distill" / "SmolLM2-135M-Instruct"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
