@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import __version__
-from distill.config import GenerateConfig, help_text, load, to_yaml
+from distill.config import GenerateConfig
 from distill.errors import StoreError
 from distill.log import Session
 from distill.parallel import Grid, refuse_other_launchers
+from distill.settings import help_text, load, to_yaml
 
 if TYPE_CHECKING:
     from distill.store import Store
@@ -36,24 +37,25 @@ logger = logging.getLogger("distill.generate")  # __name__ is __main__ here
 def main(arguments: Sequence[str]) -> int:
     """Run with these command-line arguments; return the exit status: 0 done, 1 failed, 2 bad usage or input."""
     if {"--help", "-h"} & {*arguments}:
-        print(help_text("[torchrun --nproc_per_node N | python] -m distill.generate"))
+        print(help_text(GenerateConfig, "[torchrun --nproc_per_node N | python] -m distill.generate"))
         return 0
     grid = Grid.from_environment()
     session = Session(grid.rank)
-    return session.run(lambda: generate(load(arguments), grid, session))
+    return session.run(lambda: generate(load(GenerateConfig, arguments), grid, session))
 
 
 def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     """The whole run, as the worker that `grid` says."""
     # Imported here: torch, transformers and zarr take seconds, which --help or a misspelt key should not.
     from distill import prepare
+    from distill.device import pick_device
     from distill.report import summary
     from distill.store import Store
-    from distill.teacher import Teacher, locate, pick_device, resolve_dtype
+    from distill.teacher import Teacher, locate, resolve_dtype
     from distill.worker import Totals, Worker
 
     refuse_other_launchers()
-    device = pick_device(config.teacher.device, grid.local_rank, grid.local_world_size)
+    device = pick_device("teacher.device", config.teacher.device, grid.local_rank, grid.local_world_size)
     session.open(config.log_dir)
     board = grid.board()
     if grid.rank == 0:

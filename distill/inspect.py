@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import load
+from distill.config import GenerateConfig
 from distill.errors import ConfigError, StoreError, UserError
 from distill.report import human, mean_topk_mass, table
+from distill.settings import load
 from distill.store import Store
 from distill.teacher.source import local_tokenizer
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         paths = [argument for argument in arguments if "=" not in argument]
         if len(paths) != 1:
             raise ConfigError(f"expected one store, found {len(paths)}; {_USAGE}")
-        options = load([argument for argument in arguments if "=" in argument]).store.options
+        options = load(GenerateConfig, [argument for argument in arguments if "=" in argument]).store.options
         store = Store.open(paths[0], options)
         if store is None or not store.published:
             raise StoreError(f"store.path: found no store at {paths[0]}")

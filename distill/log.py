@@ -45,7 +45,7 @@ class Session:
         self.how_to_go_on = ""
         self._log_start = 0
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        self._bars: list[TokenBar] = []
+        self._bars: list[TokenBar | tqdm[NoReturn]] = []
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._stopped)
 
@@ -84,6 +84,12 @@ class Session:
         self._bars.append(bar)
         return bar
 
+    def step_bar(self, total: int, initial: int, name: str) -> "tqdm[NoReturn]":
+        """A progress bar over steps, for the caller to update; visible on worker 0 only."""
+        bar = _tqdm(total, initial, name, "step", visible=self.rank == 0)
+        self._bars.append(bar)
+        return bar
+
     def run(self, body: Callable[[], None]) -> int:
         """Run the program; return its exit status: 0 done, 1 failed, 2 bad usage or input."""
         try:
@@ -100,6 +106,9 @@ class Session:
             logging.getLogger("distill").critical("this worker failed", exc_info=True, extra={"console": False})
             self._say(self.report())
             return 1
+        finally:  # a SIGTERM while the interpreter ends, which resets handlers but not this, is no failure
+            for name in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(name, signal.SIG_IGN)
 
     def report(self) -> str:
         """Who failed, where its log is, and how that log ends."""
@@ -157,18 +166,7 @@ class TokenBar:
     """Tokens of all workers together, polled twice a second from `read`, which returns (tokens, postfix)."""
 
     def __init__(self, total: int, initial: int, read: Callable[[], tuple[int, str]], visible: bool) -> None:
-        interactive = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            initial=initial,
-            desc="teacher",
-            unit="tok",
-            unit_scale=True,
-            disable=not visible,
-            mininterval=0.1 if interactive else 10.0,
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+        self._bar = _tqdm(total, initial, "teacher", "tok", visible, unit_scale=True)
         self._initial, self._read = initial, read
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -195,6 +193,20 @@ class TokenBar:
         """Close, leaving what is shown. May be called twice."""
         self._closed.set()
         self._bar.close()
+
+
+def _tqdm(total: int, initial: int, name: str, unit: str, visible: bool, unit_scale: bool = False) -> "tqdm[NoReturn]":
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=name,
+        unit=unit,
+        unit_scale=unit_scale,
+        disable=not visible,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )
 
 
 class _ReportingHandler(logging.FileHandler):

@@ -1,22 +1,23 @@
 import pytest
 
-from distill.config import GenerateConfig, help_text, load, to_yaml
+from distill.config import GenerateConfig
 from distill.errors import ConfigError
+from distill.settings import help_text, load, to_yaml
 
 
 def test_later_wins(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("capture: {k: 8}\nbatch: {max_tokens: 100}\n")
     second.write_text("capture: {k: 9}\n")
-    config = load(["batch.max_tokens=300", str(first), str(second)])
+    config = load(GenerateConfig, ["batch.max_tokens=300", str(first), str(second)])
     assert (config.capture.k, config.batch.max_tokens, config.capture.seed) == (9, 300, 0)
-    assert load([]) == GenerateConfig()
+    assert load(GenerateConfig, []) == GenerateConfig()
 
 
 def test_the_resolved_config_reads_back(tmp_path):
-    config = load(["capture.temperatures=[1.0, 4]", "store.options.region=eu", "dataset.name='0012'"])
+    config = load(GenerateConfig, ["capture.temperatures=[1.0, 4]", "store.options.region=eu", "dataset.name='0012'"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert load([str(tmp_path / "config.yaml")]) == config
+    assert load(GenerateConfig, [str(tmp_path / "config.yaml")]) == config
     assert config.capture.temperatures == [1.0, 4.0]
     assert config.store.options == {"region": "eu"}
     assert config.dataset.name == "0012"
@@ -43,20 +44,20 @@ def test_the_resolved_config_reads_back(tmp_path):
 )
 def test_refusals(argument, message):
     with pytest.raises(ConfigError, match=message):
-        load([argument])
+        load(GenerateConfig, [argument])
 
 
 def test_refusals_name_the_file(tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("capture: {kk: 3}\n")
     with pytest.raises(ConfigError, match=r"bad.yaml: unknown key capture.kk; did you mean capture.k\?"):
-        load([str(bad)])
+        load(GenerateConfig, [str(bad)])
     bad.write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected a mapping"):
-        load([str(bad)])
+        load(GenerateConfig, [str(bad)])
 
 
 def test_help_lists_every_key_with_its_default():
-    text = help_text("x")
+    text = help_text(GenerateConfig, "x")
     for words in ("capture.k=64", "dataset.max_length=1024", "store.path=outputs/demo.zarr", "teacher.revision=null"):
         assert words in text

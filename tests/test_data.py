@@ -4,16 +4,17 @@ import datasets
 import numpy as np
 import pytest
 
-from distill.config import load
+from distill.config import GenerateConfig
 from distill.data import identity, tokenize
 from distill.errors import DataError
+from distill.settings import load
 from tests.support import make_tokenizer
 
 TEXTS = ["abc", "", "hello world", "x" * 25, None]
 
 
 def run(*arguments, tokenizer=None, context=None):
-    return tokenize(load(arguments).dataset, tokenizer or make_tokenizer(), context)
+    return tokenize(load(GenerateConfig, arguments).dataset, tokenizer or make_tokenizer(), context)
 
 
 def decoded(samples, tokenizer=None):
@@ -212,7 +213,7 @@ def test_what_is_no_chat_is_refused(tmp_path, messages):
 
 def test_identity_follows_the_content(sources):
     def of(*arguments):
-        return identity(load(arguments).dataset, ours=[str(sources / "out")])
+        return identity(load(GenerateConfig, arguments).dataset, ours=[str(sources / "out")])
 
     before = of(f"dataset.path={sources / 'x.jsonl'}")
     assert before == of(f"dataset.path={sources / 'folder' / 'x.jsonl'}")  # wherever it is

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import load
+from distill.config import GenerateConfig, TrainConfig
+from distill.settings import load
 from tests.support import environment, tree
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,10 @@ def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_presets_load(preset: Path) -> None:
-    config = load([str(preset)])
+    if preset.name.startswith("train"):
+        assert load(TrainConfig, [str(preset)]).output.startswith("outputs/")
+        return
+    config = load(GenerateConfig, [str(preset)])
     assert config.store.path.startswith("outputs/")
     if preset.name == "demo.yaml":
-        assert config == load([])
+        assert config == load(GenerateConfig, [])

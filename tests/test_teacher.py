@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.errors import TeacherError
 from distill.sparse import capture
-from distill.teacher import Teacher, pick_device
+from distill.teacher import Teacher
 from tests.support import MODELS, build_model
 
 CPU = torch.device("cpu")
@@ -104,29 +103,3 @@ def test_a_model_that_cannot_be_taken_apart_is_run_whole(caplog):
         teacher = Teacher(model, CPU)
     assert "one sample at a time" in caplog.text
     torch.testing.assert_close(together(teacher, batch), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_devices_that_are_not_there():
-    assert pick_device("auto", 0, 1) == CPU
-    assert pick_device("cpu", 3, 8) == CPU
-    for wanted in ("cuda", "cuda:1", "tpu", "cuda:x"):
-        with pytest.raises(TeacherError, match=r"teacher\.device: expected"):
-            pick_device(wanted, 0, 1)
-
-
-def test_devices_that_are_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    current: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert pick_device("auto", 1, 2) == torch.device("cuda", 1)
-    assert current == [torch.device("cuda", 1)]
-    assert pick_device("auto", 5, 8) == torch.device("cuda", 1)  # shared
-    assert pick_device("cuda:1", 0, 1) == torch.device("cuda", 1)
-    with pytest.raises(TeacherError, match="expected a GPU for each of the node's 3 workers, found 2"):
-        pick_device("cuda", 2, 3)
-    with pytest.raises(TeacherError, match="cuda:0 serves one worker, found 2 on this node"):
-        pick_device("cuda:0", 0, 2)
-    with pytest.raises(TeacherError, match="found 2"):
-        pick_device("cuda:2", 0, 1)

@@ -29,37 +29,6 @@ _SLICE_LOGITS_GPU = 1024 * 1024 * 1024 // 4
 _FEWEST_SLICE_TOKENS = 256
 
 
-def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of this worker, made the current one.
-
-    With auto, workers share GPUs if there are more of them; with cuda, each has its own. On a CPU each worker computes
-    in one thread, whatever their number: sums over other threads differ in their last bits.
-    Raises TeacherError where there is no such device, or fewer GPUs than workers.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        torch.set_num_threads(1)
-        return torch.device("cpu")
-    kind, _, index = wanted.partition(":")
-    if kind not in ("auto", "cuda") or (index and not index.isdigit()):
-        raise TeacherError(f"teacher.device: expected auto, cpu, cuda or cuda:N, found {wanted}")
-    if not torch.cuda.is_available():
-        raise TeacherError(f"teacher.device: expected a CUDA GPU for {wanted}, found none (torch {torch.__version__})")
-    count = torch.cuda.device_count()
-    if index and local_world_size > 1:
-        raise TeacherError(
-            f"teacher.device: {wanted} serves one worker, found {local_world_size} on this node; use cuda"
-        )
-    if (kind == "cuda" and local_world_size > count) or int(index or 0) >= count:
-        raise TeacherError(
-            f"teacher.device={wanted}: expected a GPU for each of the node's {local_world_size} workers, found {count}"
-        )
-    if local_world_size > count:
-        logger.warning("teacher: %d workers share %d GPU(s)", local_world_size, count)
-    device = torch.device("cuda", int(index) if index else local_rank % count)
-    torch.cuda.set_device(device)
-    return device
-
-
 def resolve_dtype(source: Source, device: torch.device) -> torch.dtype:
     """The dtype of the weights: as configured, or bfloat16 on a GPU and the checkpoint's elsewhere."""
     if source.config.dtype != "auto":

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.generate [rounds=5] [key=value ...]        # keys as for distill.generate
 
-Three ways over the same samples, in turn, in one process, `rounds` times; medians of the ratios within a round.
+Over the same samples, in one process: distill in turn with the bare forward, then with the loop, `rounds` times each;
+medians of the ratios within a round.
 
 bare      backbone and head over the same tokens, perfectly batched: full rows, no padding; nothing is kept
 distill   what distill.generate does once the teacher is loaded: read tokens, batch, forward, capture, compress, commit
@@ -27,11 +28,13 @@ import torch
 import transformers
 
 from distill import prepare
-from distill.config import load
+from distill.config import GenerateConfig
+from distill.device import pick_device
 from distill.parallel import Grid
 from distill.plan import Plan
+from distill.settings import load
 from distill.store import Store
-from distill.teacher import Teacher, locate, pick_device, resolve_dtype
+from distill.teacher import Teacher, locate, resolve_dtype
 from distill.worker import Worker
 
 
@@ -75,12 +78,21 @@ def loop(model: Any, store: Store, file: Path, k: int) -> None:
             out.create_dataset(f"{first}/ids", data=kept.int().cpu().numpy(), compression="gzip")
 
 
+def seconds(run: Callable[[], None], device: torch.device) -> float:
+    """How long `run` takes."""
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def main(arguments: list[str]) -> None:
-    """Run the three in turn, print each round, then the medians."""
+    """Run each pair in turn, print each round, then the medians."""
     rounds = int(next((argument.split("=")[1] for argument in arguments if argument.startswith("rounds=")), "5"))
-    config = load([argument for argument in arguments if not argument.startswith("rounds=")])
+    config = load(GenerateConfig, [argument for argument in arguments if not argument.startswith("rounds=")])
     torch.set_num_threads(1)
-    source, device = locate(config.teacher), pick_device(config.teacher.device, 0, 1)
+    source, device = locate(config.teacher), pick_device("teacher.device", config.teacher.device, 0, 1)
     dtype = resolve_dtype(source, device)
     model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
     teacher = Teacher.load(source, device, dtype)
@@ -98,26 +110,20 @@ def main(arguments: list[str]) -> None:
         missing = store.missing_blocks()
         Worker(config, store, teacher, Grid().board(), missing, missing).work()
 
-    ways: dict[str, Callable[[], None]] = {
+    others: dict[str, Callable[[], None]] = {
         "bare": lambda: bare(model, planned, 1024 if device.type == "cpu" else config.batch.max_tokens),
-        "distill": distill,
         "loop": lambda: loop(model, planned, scratch / "x.h5", config.capture.k),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
-        for number in range(rounds + 1):  # the first warms up
-            for name, run in ways.items():
-                began = time.perf_counter()
-                run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - began)
-            if number:
-                speeds = ", ".join(f"{name} {num_tokens / taken[-1]:,.0f}" for name, taken in seconds.items())
-                print(f"round {number}: {speeds} tokens/s", flush=True)
-    for other in ("bare", "loop"):
-        ratios = [theirs / ours for theirs, ours in zip(seconds[other][1:], seconds["distill"][1:], strict=True)]
-        print(f"distill is {statistics.median(ratios):.2f}x {other} (from {min(ratios):.2f} to {max(ratios):.2f})")
+        distill()  # warms up
+        for name, other in others.items():  # apart, since the loop's gigabytes would slow what comes after it
+            ratios = []
+            for number in range(rounds):
+                theirs, ours = seconds(other, device), seconds(distill, device)
+                ratios.append(theirs / ours)
+                speeds = f"{name} {num_tokens / theirs:,.0f}, distill {num_tokens / ours:,.0f} tokens/s"
+                print(f"round {number + 1}: {speeds}", flush=True)
+            print(f"distill is {statistics.median(ratios):.2f}x {name} (from {min(ratios):.2f} to {max(ratios):.2f})")
     shutil.rmtree(scratch)
 
 

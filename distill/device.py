@@ -1,0 +1,38 @@
+"""Which device a worker computes on."""
+
+import logging
+
+import torch
+
+from distill.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def pick_device(key: str, wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of this worker, made the current one. key: the setting that `wanted` is the value of.
+
+    With auto, workers share GPUs if there are more of them; with cuda, each has its own. On a CPU each worker computes
+    in one thread, whatever their number: sums over other threads differ in their last bits.
+    Raises ConfigError where there is no such device, or fewer GPUs than workers.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    kind, _, index = wanted.partition(":")
+    if kind not in ("auto", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"{key}: expected auto, cpu, cuda or cuda:N, found {wanted}")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{key}: expected a CUDA GPU for {wanted}, found none (torch {torch.__version__})")
+    count = torch.cuda.device_count()
+    if index and local_world_size > 1:
+        raise ConfigError(f"{key}: {wanted} serves one worker, found {local_world_size} on this node; use cuda")
+    if (kind == "cuda" and local_world_size > count) or int(index or 0) >= count:
+        raise ConfigError(
+            f"{key}={wanted}: expected a GPU for each of the node's {local_world_size} workers, found {count}"
+        )
+    if local_world_size > count:
+        logger.warning("%d workers share %d GPU(s)", local_world_size, count)
+    device = torch.device("cuda", int(index) if index else local_rank % count)
+    torch.cuda.set_device(device)
+    return device
