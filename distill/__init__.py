@@ -1,3 +1,22 @@
 """Offline knowledge distillation of language models: run the teacher once, keep what it said, train from that."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.cache import TeacherCache as TeacherCache
+    from distill.loss import DistillationLoss as DistillationLoss
+    from distill.samples import collate as collate
+
 __version__ = "0.1.0"
+__all__ = ["DistillationLoss", "TeacherCache", "__version__", "collate"]
+
+_HOMES = {"TeacherCache": "distill.cache", "DistillationLoss": "distill.loss", "collate": "distill.samples"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for: torch and zarr take seconds, which --help should not."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -6,15 +6,17 @@ collective is ever needed in data parallelism, so workers may do different numbe
 no time-out.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.errors import ConfigError
 
 if TYPE_CHECKING:  # importing torch takes seconds; usage errors should not
+    import torch
     from torch.distributed import Store
 
 
@@ -69,11 +71,59 @@ class Grid:
 
     def board(self) -> "Board":
         """The key-value store that all workers of this attempt share."""
+        return Board(self._shared_store())
+
+    @contextlib.contextmanager
+    def process_group(self, device: "torch.device") -> Iterator[None]:
+        """The process group of all workers, for training: NCCL between GPUs, gloo between CPUs."""
+        import torch.distributed as dist
+
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", self._shared_store()),
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def _shared_store(self) -> "Store":
         from torch.distributed import HashStore, PrefixStore, Store
         from torch.distributed.rendezvous import rendezvous
 
         store: Store = next(rendezvous("env://"))[0] if self.launched else HashStore()
-        return Board(PrefixStore(f"distill/{self.attempt}", store))
+        return PrefixStore(f"distill/{self.attempt}", store)
+
+
+def wrap(module: "torch.nn.Module", mode: str, device: "torch.device") -> "torch.nn.Module":
+    """`module`, moved to `device`, in DistributedDataParallel (ddp) or sharded layer by layer (fsdp, FSDP2)."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    if mode == "ddp":
+        module = module.to(device)
+        return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for part in list(module.modules()):
+        for layer in part if isinstance(part, torch.nn.ModuleList) else ():
+            fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+@contextlib.contextmanager
+def gradients_summed(module: Any, now: bool) -> Iterator[None]:
+    """Whether the backward pass inside shares gradients among the workers, or only adds to this worker's."""
+    if hasattr(module, "no_sync"):
+        with contextlib.nullcontext() if now else module.no_sync():
+            yield
+    else:
+        module.set_requires_gradient_sync(now)
+        yield
 
 
 def _under_torchrun() -> bool:

@@ -81,6 +81,11 @@ class Store:
         return cls(group, path)
 
     @property
+    def inner_rows(self) -> int:
+        """Rows of an inner chunk, the least that is decompressed."""
+        return int(self._array("tokens").chunks[0])
+
+    @property
     def published(self) -> bool:
         """Whether the plan was written to its end; else there is nothing in the store yet."""
         return "commits" in self._group
