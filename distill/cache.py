@@ -10,7 +10,7 @@ Opening reads the sample index (20 bytes a sample), nothing else.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, overload
 
 import numpy as np
@@ -45,7 +45,7 @@ class TeacherCache(Dataset[Sample]):
         store = self._reader.store
         self.attributes = store.attributes
         starts, lengths = store.read_all("sample_start"), store.read_all("sample_length")
-        numbers = np.arange(len(starts))
+        self._index = Index(np.arange(len(starts)), starts, lengths)
         if not store.complete:
             commits = store.read_all("commits")
             if not allow_unfinished:
@@ -54,12 +54,7 @@ class TeacherCache(Dataset[Sample]):
                     f"{path} is unfinished ({there}): run distill.generate again to its end, or open it with "
                     "allow_unfinished=True"
                 )
-            numbers = np.flatnonzero(commits[starts // store.block_rows] >= 0)
-        self._index = (
-            Index(numbers, starts, lengths).take(numbers)
-            if len(numbers) < len(starts)
-            else Index(numbers, starts, lengths)
-        )
+            self._index = self._index.take(commits[starts // store.block_rows] >= 0)
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
 
@@ -85,6 +80,9 @@ class TeacherCache(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self._index.numbers)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
 
     @overload
     def __getitem__(self, which: int) -> Sample: ...

@@ -40,7 +40,7 @@ def summarize(settings: Mapping[str, Any]) -> str:
     return text_digest(json.dumps(settings, sort_keys=True))
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line per key that differs, with both values."""
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], whose: str) -> list[str]:
+    """One line per key that differs, with both values. whose: what `theirs` belongs to."""
     keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-    return [f"{key}: the store has {theirs.get(key)!r}, this run {ours.get(key)!r}" for key in keys]
+    return [f"{key}: {whose} has {theirs.get(key)!r}, this run {ours.get(key)!r}" for key in keys]

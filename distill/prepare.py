@@ -57,7 +57,7 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> Store | N
     check_writable(config.store.path)
     if store is None:
         return None
-    if differing := differences(store.attributes["config"], fingerprint):
+    if differing := differences(store.attributes["config"], fingerprint, "the store"):
         state = "a complete" if store.complete else "an unfinished"
         raise StoreError(
             f"store.path: {config.store.path} is {state} store of another run; choose another path, or delete it:\n  "

@@ -99,7 +99,7 @@ def shortened(model: Any, kept: Sequence[int]) -> Any:
     short = type(model)(_with_layers(model.config, kept))
     short.load_state_dict(weights)
     short.tie_weights()
-    return short
+    return short.train(model.training)
 
 
 def check(source: Source, loss: DistillationLoss, cache: Any) -> None:

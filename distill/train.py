@@ -78,7 +78,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     settings = fingerprint_of(config, cache, source, grid.world_size, total_steps)
     if (latest := checkpoint.newest(output / "checkpoints")) is not None:
         step, theirs = checkpoint.read_settings(latest)
-        if differing := differences(theirs, settings):
+        if differing := differences(theirs, settings, "the checkpoint"):
             raise ConfigError(
                 f"output: {output} has another run's checkpoints; choose another folder, or delete it:\n  "
                 + "\n  ".join(differing)

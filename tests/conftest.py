@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import MODELS, WORDS, save_model
+from tests.support import MODELS, WORDS, generate, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +46,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
         return path
 
     return file
+
+
+@pytest.fixture(scope="session")
+def small_store(
+    texts: Callable[[int], Path], model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A store that the real command made of a random Llama and 300 texts: k 8, two temperatures, many blocks."""
+    folder = tmp_path_factory.mktemp("store")
+    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(300)}", "dataset.max_length=96"]
+    arguments += ["capture.k=8", "capture.temperatures=[1.0,2.0]", "store.path=small.zarr", "store.block_rows=512"]
+    ran = generate(folder, *arguments)
+    assert ran.returncode == 0, ran.stderr
+    return folder / "small.zarr"

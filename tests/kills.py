@@ -108,10 +108,10 @@ def compare(root: Path, kills: int, seed: int) -> Counter[str]:
     for name in ("undisturbed", "storm"):
         (root / name).mkdir()
         stores.append(root / name / "x.zarr")
-    ran = generate(root / "undisturbed", *arguments, workers=2)
+    ran = generate(root / "undisturbed", *arguments, workers=2, timeout=3600)
     assert ran.returncode == 0, ran.stderr
     done = storm(root / "storm", arguments, kills, seed)
-    ran = generate(root / "storm", *arguments, workers=3)
+    ran = generate(root / "storm", *arguments, workers=3, timeout=3600)
     assert ran.returncode == 0, ran.stderr
     assert tree(stores[0]) == tree(stores[1])
     return done

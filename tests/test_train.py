@@ -1,0 +1,143 @@
+"""distill.train, launched for real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill import DistillationLoss, TeacherCache
+from distill.config import OptimizerConfig, StudentConfig, TrainConfig
+from distill.errors import ConfigError
+from distill.student import Learner, build, find
+from distill.train import optimizer_of, split
+from tests.kills import children
+from tests.support import environment, save_model
+
+
+def command(workers: int, arguments: Sequence[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(workers)] if workers > 1 else []
+    return [sys.executable, *launcher, "-m", "distill.train", *arguments]
+
+
+def train(folder: Path, workers: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(workers, arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
+        check=False,
+    )  # fmt: skip
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_first_step_is_that_of_the_mean_over_all_tokens(
+    parallel: str, small_store: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    """Two workers with three batches each, of samples of very different lengths, beside one pass over all of them."""
+    arguments = [f"store.path={small_store}", "student.layers=2", "optimizer.steps=1", "batch.samples=3"]
+    arguments += ["batch.accumulate=3", "batch.readers=0", "evaluation.samples=0", f"parallel={parallel}", "output=out"]
+    ran = train(tmp_path, 2, *arguments)
+    assert ran.returncode == 0, ran.stderr
+    (first,) = metrics(tmp_path / "out")
+
+    cache = TeacherCache(str(small_store))
+    source = find(StudentConfig(), teacher=str(model_folder("llama")), revision=None)
+    learner = Learner(build(StudentConfig(layers=2), source, 0), DistillationLoss(), cache.temperatures)
+    total, tokens = torch.zeros(()), 0
+    for rank in range(2):
+        batches = iter(cache.shuffled(3, 0, rank, 2))
+        for _ in range(3):
+            batch = next(batches)
+            total, tokens = total + learner(batch), tokens + int(batch["loss_mask"].sum())
+    (total / tokens).backward()
+    norm = torch.nn.utils.get_total_norm([w.grad for w in learner.parameters() if w.grad is not None])
+    assert first["tokens"] == tokens
+    assert first["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "student", attention_dropout=0.1, num_hidden_layers=2)
+    arguments = [f"store.path={small_store}", "student.model=./student", "optimizer.steps=24", "batch.samples=4"]
+    arguments += ["batch.readers=1", "evaluation.samples=40", "evaluation.every=7", "checkpoint_every=5"]
+    whole = train(tmp_path, 2, *arguments, "output=whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "KL to teacher" in whole.stderr
+
+    launcher = subprocess.Popen(
+        command(2, [*arguments, "output=killed"]), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "step_10").is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in [*children(launcher.pid), launcher.pid]:
+        os.kill(process, signal.SIGKILL)
+    launcher.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    resumed = train(tmp_path, 2, *arguments, "output=killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 0 of" not in resumed.stderr
+    for file in ("metrics.jsonl", "model.safetensors"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    kept = sorted(entry.name for entry in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert kept == ["step_20", "step_24"]
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "killed")
+    assert student.config.num_hidden_layers == 2
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "killed")) == 262
+    held_out = [line["held_out"] for line in metrics(tmp_path / "killed") if "held_out" in line]
+    assert held_out[-1]["kl"] < held_out[0]["kl"]
+
+    other = train(tmp_path, 1, *arguments, "output=killed", "loss.alpha=0.5")
+    assert other.returncode == 2
+    assert "loss.alpha: the checkpoint has 1.0, this run 0.5" in other.stderr
+    assert "workers: the checkpoint has 2, this run 1" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None:
+    for arguments, told in (
+        (["optimizer.learning_rat=1"], "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate?"),
+        (["store.path=nowhere.zarr"], "store.path: found no store at nowhere.zarr"),
+        ([f"store.path={small_store}", "loss.temperature=4"], "loss.temperature: expected one of [1.0, 2.0]"),
+    ):
+        ran = train(tmp_path, 1, *arguments)
+        assert ran.returncode == 2
+        assert told in ran.stderr
+        assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_nothing_left_to_train_on(small_store: Path) -> None:
+    cache = TeacherCache(str(small_store))[:10]
+    with pytest.raises(ConfigError, match=r"evaluation\.samples: expected fewer than the 10 samples"):
+        split(cache, TrainConfig())
+
+
+def test_the_schedule() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    settings = OptimizerConfig(learning_rate=1.0, warmup=0.1, weight_decay=0.5)
+    optimizer, scheduler = optimizer_of(module, TrainConfig(optimizer=settings), 100)
+    decays = {weight.ndim: group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert decays == {1: 0.0, 2: 0.5}
+    rates = []
+    for _ in range(100):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55)
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.1)
