@@ -1,7 +1,14 @@
-"""What a training run measured: JSON lines, TensorBoard where it is installed, and the table that ends the run."""
+"""What training runs measured: JSON lines, TensorBoard where it is installed, and tables.
+
+    python -m distill.metrics outputs/student outputs/other      # held-out figures of several runs, side by side
+
+Runs are comparable where they held out the same samples: the same store, seed and evaluation.samples.
+"""
 
 import contextlib
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +27,7 @@ class Metrics:
         if not visible:
             return
         output.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if line["step"] <= step and step > 0]
+        kept = [line for line in _lines(self._file) if line["step"] <= step and step > 0]
         self._file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -39,27 +46,53 @@ class Metrics:
             for name, value in flat.items():
                 self._board.add_scalar(name, value, values["step"])
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The lines with held-out figures, first to last."""
-        return [line for line in self._lines() if "held_out" in line]
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self._file.is_file():
-            return []
-        found = []
-        for line in self._file.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
-                found.append(json.loads(line))
-        return found
+def evaluations(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file with held-out figures, first to last."""
+    return [line for line in _lines(file) if "held_out" in line]
 
 
-def table(evaluations: list[dict[str, Any]], output: Path) -> str:
+def _lines(file: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+            found.append(json.loads(line))
+    return found
+
+
+def table(columns: dict[str, dict[str, Any]]) -> str:
+    """Held-out figures side by side: from a column's name to what distill.evaluate found."""
+    width = max(10, *(len(name) + 2 for name in columns))
+    tokens = next(iter(columns.values()))["tokens"]
+    lines = [f"{f'held out, {tokens:,} tokens':28}" + "".join(f"{name:>{width}}" for name in columns)]
+    for figure, words in _SHOWN.items():
+        lines.append(f"{words:28}" + "".join(f"{found[figure]:>{width}.4f}" for found in columns.values()))
+    return "\n".join(lines)
+
+
+def summary(output: Path) -> str:
     """The lines that end a run: the held-out figures before and after, and where the student is."""
-    lines = []
-    if evaluations:
-        before, after = evaluations[0], evaluations[-1]
-        lines = [f"{'held out, ' + format(after['held_out']['tokens'], ',') + ' tokens':24}{'before':>10}{'after':>10}"]
-        for name, words in _SHOWN.items():
-            lines.append(f"{words:24}{before['held_out'][name]:>10.4f}{after['held_out'][name]:>10.4f}")
-    lines += [f"{'student':10}{output}", f"{'metrics':10}{output / 'metrics.jsonl'}"]
-    return "\n" + "\n".join(lines)
+    found = evaluations(output / "metrics.jsonl")
+    figures = table({"before": found[0]["held_out"], "after": found[-1]["held_out"]}) + "\n" if found else ""
+    return f"\n{figures}student  {output}\nmetrics  {output / 'metrics.jsonl'}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a table of the runs in these folders; return the exit status, 0 or 2."""
+    if not arguments or {"--help", "-h"} & {*arguments}:
+        print(f"usage: python -m distill.metrics OUTPUT ...\n\n{__doc__}")
+        return 0 if arguments else 2
+    columns: dict[str, dict[str, Any]] = {}
+    for folder in arguments:
+        found = evaluations(Path(folder) / "metrics.jsonl")
+        if not found:
+            print(f"error: found no held-out figures in {folder}/metrics.jsonl", file=sys.stderr)
+            return 2
+        columns |= {} if columns else {"before": found[0]["held_out"]}
+        columns[Path(folder).name] = found[-1]["held_out"]
+    print(table(columns))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -57,7 +57,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     from distill.device import pick_device
     from distill.evaluate import evaluate
     from distill.loss import DistillationLoss
-    from distill.metrics import Metrics, table
+    from distill.metrics import Metrics, summary
 
     refuse_other_launchers()
     loss = DistillationLoss(**asdict(config.loss))
@@ -83,8 +83,17 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
                 f"output: {output} has another run's checkpoints; choose another folder, or delete it:\n  "
                 + "\n  ".join(differing)
             )
+    elif output.is_dir() and any(output.iterdir()) and not (output / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"output: expected a new or empty folder, or one of an earlier run, found other files in {output}"
+        )
     else:
         step = 0
+    if step == total_steps and (output / "tokenizer_config.json").is_file():  # the last file of a saved student
+        if grid.rank == 0:
+            logger.info("%s is complete already: nothing to do", output)
+            logger.info(summary(output))
+        return
 
     with grid.process_group(device):
         model = student.build(config.student, source, config.seed)
@@ -150,7 +159,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
         bar.close()
         student.save(module, model, source.tokenizer, output)
         if grid.rank == 0:
-            logger.info(table(metrics.evaluations(), output))
+            logger.info(summary(output))
 
 
 def split(cache: "TeacherCache", config: TrainConfig) -> "tuple[TeacherCache, TeacherCache]":
@@ -190,7 +199,9 @@ def optimizer_of(module: "torch.nn.Module", config: TrainConfig, total_steps: in
         {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=settings.learning_rate, betas=(0.9, 0.95), fused=True
+    )
     warmup = max(1, round(settings.warmup * total_steps))
 
     def factor(step: int) -> float:

@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
-# Distil a real teacher on this machine: install what is missing, then run SmolLM2-135M over CPython's help texts on
-# two workers and show what was kept. Run it again to see that nothing is done twice; arguments go to distill.generate.
+# Distil a real teacher on this machine: install what is missing, run SmolLM2-135M over CPython's help texts on two
+# workers, then train six of its layers twice, on the text alone and on what the teacher said. Run it again to see that
+# nothing is done twice; arguments go to distill.generate.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/install.sh demo
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-torchrun --nproc_per_node "${WORKERS:-2}" -m distill.generate configs/demo.yaml "$@"
+outputs=${OUTPUTS:-outputs}
+run="torchrun --nproc_per_node ${WORKERS:-2} -m"
+$run distill.generate configs/demo.yaml "$@"
+for argument in "$@"; do
+  case $argument in store.path=*) store=$argument ;; esac
+done
+echo && echo "a student of six layers learns from the text alone (cross-entropy) ..."
+$run distill.train configs/train_demo.yaml ${store:+"$store"} loss.alpha=0 output="$outputs/text_only"
+echo && echo "... and the same student, as many steps, from what the teacher said"
+$run distill.train configs/train_demo.yaml ${store:+"$store"} output="$outputs/distilled"
+echo
+python -m distill.metrics "$outputs/text_only" "$outputs/distilled"

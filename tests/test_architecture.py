@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "samples",
         "shuffle",
     },
+    "hf": {"errors", "config", "cache", "loss", "samples", "student", "teacher"},
     "inspect": {"errors", "config", "settings", "report", "store", "teacher"},
 }
 

@@ -117,6 +117,11 @@ def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None
         assert ran.returncode == 2
         assert told in ran.stderr
         assert "Traceback" not in ran.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    ran = train(tmp_path, 1, f"store.path={small_store}", "output=mine")
+    assert ran.returncode == 2
+    assert "output: expected a new or empty folder, or one of an earlier run, found other files in mine" in ran.stderr
     assert not (tmp_path / "outputs").exists()
 
 
