@@ -98,8 +98,8 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     with grid.process_group(device):
         model = student.build(config.student, source, config.seed)
         learner = student.Learner(model, loss, cache.temperatures)
-        if config.batch.packed:
-            student.check_packing(learner)
+        if config.batch.packed and student.sees_neighbours(model):
+            raise ConfigError("batch.packed: expected false for this student: samples in one row would see each other")
         model.train()
         module = wrap(learner, config.parallel, device)
         optimizer, scheduler = optimizer_of(module, config, total_steps)
