@@ -17,7 +17,7 @@ from distill.samples import collate, empty_sample
 BINS = 15
 """Of confidence, for the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
-_TO_TEACHER = DistillationLoss()
+_TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.0)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ A sample is a dict of tensors; row t of each is about token t, and speaks of tok
     loss_mask       [T]      bool, with chat data only: the next token was written by the assistant
 """
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from distill.errors import StoreError
 from distill.store import Store
@@ -31,6 +33,7 @@ Rows = dict[str, NDArray[Any]]
 Batch = dict[str, Tensor]
 
 _ROW_ARRAYS = ("tokens", "topk_ids", "topk_logprobs", "logsumexp", "tail_logprob", "loss_mask")
+_TARGETS = ("topk_ids", "topk_logprobs", "logsumexp", "tail_logprob")
 _CHUNKS_KEPT = 4
 
 
@@ -46,7 +49,8 @@ class RowReader:
         if store is None or not store.published:
             raise StoreError(f"store.path: found no store at {self.path}")
         self._store, self._process = store, os.getpid()
-        self._names = [name for name in _ROW_ARRAYS if name in store.array_names()]
+        there = store.array_names()
+        self._names = [name for name in _ROW_ARRAYS if name in there]
         self._committed: set[int] = set()
         self._chunks: OrderedDict[int, Rows] = OrderedDict()
 
@@ -96,19 +100,22 @@ class RowReader:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def to_sample(number: int, rows: Rows, where: str) -> Sample:
-    """The rows of one sample as tensors of the dtypes above.
+def as_stored(number: int, rows: Rows, where: str) -> Sample:
+    """The rows of one sample as tensors of the store's own dtypes, which are half as large; collate widens them.
 
     Raises StoreError where rows that should be in use hold fill values: a chunk is missing.
     """
     if (rows["tokens"] < 0).any() or np.isnan(rows["logsumexp"]).any():
         raise StoreError(f"{where}: sample {number} has empty rows: a chunk is missing, the store is damaged")
-    sample: Sample = {"sample": number}
-    for name, values in rows.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        sample[name] = (
-            tensor if name == "loss_mask" else tensor.float() if tensor.is_floating_point() else tensor.long()
-        )
+    return {"sample": number, **{name: torch.from_numpy(values) for name, values in rows.items()}}
+
+
+def to_sample(number: int, rows: Rows, where: str) -> Sample:
+    """The same with the dtypes above."""
+    sample = as_stored(number, rows, where)
+    for name in rows:
+        if name != "loss_mask":
+            sample[name] = sample[name].float() if sample[name].is_floating_point() else sample[name].long()
     return sample
 
 
@@ -140,13 +147,14 @@ def collate(samples: Sequence[Sample], packed: bool = False) -> Batch:
     shape = (len(rows), longest)
     batch: Batch = {
         "sample": torch.tensor([sample["sample"] for sample in samples]),
-        "input_ids": torch.zeros(shape, dtype=torch.long),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-        "next_tokens": torch.full(shape, -1),
-        "loss_mask": torch.zeros(shape, dtype=torch.bool),
+        "input_ids": _zeros(shape, torch.int64),
+        "position_ids": _zeros(shape, torch.int64),
+        "next_tokens": _zeros(shape, torch.int64).fill_(-1),
+        "loss_mask": _zeros(shape, torch.bool),
     }
-    for name in ("topk_ids", "topk_logprobs", "logsumexp", "tail_logprob"):
-        batch[name] = samples[0][name].new_zeros((*shape, samples[0][name].shape[1]))
+    for name in _TARGETS:
+        dtype = torch.int64 if name == "topk_ids" else torch.float32
+        batch[name] = _zeros((*shape, samples[0][name].shape[1]), dtype)
     for row, members in enumerate(rows):
         start = 0
         for sample, length in ((samples[i], lengths[i]) for i in members):
@@ -155,11 +163,20 @@ def collate(samples: Sequence[Sample], packed: bool = False) -> Batch:
             batch["position_ids"][row, start:stop] = torch.arange(length)
             batch["next_tokens"][row, start : stop - 1] = sample["tokens"][1:]
             batch["loss_mask"][row, start : stop - 1] = sample["loss_mask"][:-1] if "loss_mask" in sample else True
-            for name in ("topk_ids", "topk_logprobs", "logsumexp", "tail_logprob"):
+            for name in _TARGETS:
                 batch[name][row, start:stop] = sample[name]
             start = stop
         batch["position_ids"][row, start:] = torch.arange(longest - start)  # padding counts as one more sample
     return batch
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros; in a DataLoader's worker already in shared memory, to which they would be copied otherwise."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)  # new pages are zeros
 
 
 def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

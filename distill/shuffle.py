@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from distill.samples import Batch, RowReader, Rows, Sample, collate, empty_sample, to_sample
+from distill.samples import Batch, RowReader, Rows, Sample, as_stored, collate, empty_sample
 
 
 @dataclass(frozen=True)
@@ -129,4 +129,4 @@ class ShuffledBatches(IterableDataset[Batch]):
         start = int(self._index.starts[position]) - first_row
         stop = start + int(self._index.lengths[position])
         found = {name: values[start:stop] for name, values in rows.items()}
-        return to_sample(int(self._index.numbers[position]), found, self._reader.path)
+        return as_stored(int(self._index.numbers[position]), found, self._reader.path)

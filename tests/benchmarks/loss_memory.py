@@ -5,10 +5,11 @@
 chunked   DistillationLoss().from_hidden: head, softmax and KL for 1024 rows at a time, the head once more going back
 naive     logits [N, V] of all rows in float32, log_softmax, gather, KL with the tail's bucket, as it is written today
 
-Each way in a process of its own, float32, with gradients to the hidden states and to the head: the same loss and the same
-gradients, which is checked. On a CPU the peak is that of the resident set, less what was resident before; the processes
-alternate, medians of `rounds`. With a GPU it is torch.cuda.max_memory_allocated, less the inputs. The fused losses of
-liger-kernel are no third way: they want the teacher's logits or hidden states in full, which a store does not hold.
+Each way in a process of its own, in turn, `rounds` times; medians of the ratios. All is float32, with gradients to the
+hidden states and to the head; loss and gradients are the same, which is checked. The peak is what is needed beyond the
+inputs and the program: on a CPU of the resident set, on a GPU (taken if there is one) torch.cuda.max_memory_allocated.
+The fused losses of liger-kernel are no third way: they want the teacher's logits or hidden states in full, and a store
+does not hold them.
 """
 
 import json
@@ -108,7 +109,9 @@ def main(arguments: list[str]) -> None:
         for way, results in found.items():
             command = [sys.executable, "-m", "tests.benchmarks.loss_memory", "measure", way, json.dumps(sizes)]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-            print(f"round {number + 1}: {way} {results[-1]['MiB']:,.0f} MiB, {results[-1]['seconds']:.2f} s", flush=True)
+            print(
+                f"round {number + 1}: {way} {results[-1]['MiB']:,.0f} MiB, {results[-1]['seconds']:.2f} s", flush=True
+            )
     for quantity in ("loss", "gradients"):
         assert abs(found["naive"][0][quantity] / found["chunked"][0][quantity] - 1) < 1e-3, (quantity, found)
     for quantity in ("MiB", "seconds"):

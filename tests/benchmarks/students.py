@@ -14,7 +14,7 @@ from pathlib import Path
 from distill.metrics import evaluations, table
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "train_demo.yaml"
-WAYS = {"text only": 0.0, "distilled": 1.0}
+WAYS = {"text only": 0.0, "distilled": 0.5}
 
 
 def held_out(store: str, seed: int, alpha: float, arguments: list[str], output: Path) -> tuple[dict[str, float], ...]:
