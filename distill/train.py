@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill import __version__
 from distill.config import TrainConfig
-from distill.errors import ConfigError
+from distill.errors import ConfigError, StoreError
 from distill.fingerprint import differences
 from distill.log import Session
 from distill.parallel import Grid, gradients_summed, refuse_other_launchers, wrap
@@ -234,8 +234,11 @@ def micro_batches_from(
     epoch, within = divmod(step, steps_per_epoch)
     while True:
         batches.set_epoch(epoch, within * config.batch.accumulate)
-        for batch in loader:
-            yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+        try:
+            for batch in loader:
+                yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+        except StoreError as error:  # from a reader, with the reader's traceback for a message
+            raise StoreError(str(error).strip().rpartition("StoreError: ")[2]) from error
         epoch, within = epoch + 1, 0
 
 

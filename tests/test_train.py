@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +125,17 @@ def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None
     assert ran.returncode == 2
     assert "output: expected a new or empty folder, or one of an earlier run, found other files in mine" in ran.stderr
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_damaged_store_is_named(small_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_store, tmp_path / "bad.zarr")
+    shard = tmp_path / "bad.zarr" / "topk_ids" / "c" / "3" / "0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    ran = train(tmp_path, 1, "store.path=bad.zarr", "evaluation.samples=0", "batch.window_blocks=1000")
+    assert ran.returncode == 2
+    assert re.search(r"^error: bad\.zarr: damaged data in topk_ids, rows 1536 to \d+", ran.stderr, re.MULTILINE)
+    assert "Traceback" not in ran.stderr
 
 
 def test_nothing_left_to_train_on(small_store: Path) -> None:
