@@ -129,26 +129,15 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
         while step < total_steps:
             optimizer.zero_grad(set_to_none=True)
             parts = take_step(stream, config.batch.accumulate, micro_batches, step % steps_per_epoch)
-            counts = summed([float(sum(int(part["loss_mask"].sum()) for part in parts))], device)
-            value = 0.0
-            for number, part in enumerate(parts):
-                with gradients_summed(module, now=number == len(parts) - 1):
-                    with precision(device, dtype):
-                        total = module(part)
-                    # Gradients are averaged over workers: times their number, they are those of the mean over tokens.
-                    (total * (grid.world_size / max(1.0, counts[0]))).backward()
-                value += float(total.detach())
+            mean, tokens = accumulate(module, parts, grid.world_size, device, dtype)
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is {mean} at step {step + 1}")
             norm = clip(module, config.optimizer.clip)
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
             step += 1
-            mean = summed([value], device)[0] / max(1.0, counts[0])
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} at step {step}")
-            metrics.add(
-                {"step": step, "loss": mean, "tokens": int(counts[0]), "learning_rate": rate, "grad_norm": norm}
-            )
+            metrics.add({"step": step, "loss": mean, "tokens": tokens, "learning_rate": rate, "grad_norm": norm})
             bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
             bar.update()
             last = step == total_steps
@@ -163,7 +152,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
 
 
 def split(cache: "TeacherCache", config: TrainConfig) -> "tuple[TeacherCache, TeacherCache]":
-    """What is trained on, and what is held out. Raises ConfigError where either would be empty against the settings."""
+    """What is trained on, and what is held out. Raises ConfigError where nothing is left to train on."""
     training, held_out = cache.split(config.evaluation.samples, config.seed)
     if not len(training):
         raise ConfigError(
@@ -247,14 +236,30 @@ def take_step(stream: "Iterator[Batch]", accumulate: int, per_epoch: int, step_i
     return [next(stream) for _ in range(min(accumulate, per_epoch - step_in_epoch * accumulate))]
 
 
-def summed(values: list[float], device: "torch.device") -> list[float]:
-    """The sum of each value over all workers."""
+def accumulate(
+    module: "torch.nn.Module", parts: "list[Batch]", world_size: int, device: "torch.device", dtype: "torch.dtype"
+) -> tuple[float, int]:
+    """Add the gradient of the mean loss over the tokens of all workers' `parts`; return that mean and the tokens."""
+    tokens = summed(sum(int(part["loss_mask"].sum()) for part in parts), device)
+    # Gradients are averaged over workers: times their number, they are those of the mean over tokens.
+    scale, value = world_size / max(1.0, tokens), 0.0
+    for number, part in enumerate(parts):
+        with gradients_summed(module, now=number == len(parts) - 1):
+            with precision(device, dtype):
+                total = module(part)
+            (total * scale).backward()
+        value += float(total.detach())
+    return summed(value, device) / max(1.0, tokens), int(tokens)
+
+
+def summed(value: float, device: "torch.device") -> float:
+    """The sum of `value` over all workers."""
     import torch
     import torch.distributed as dist
 
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
-    return [float(value) for value in tensor]
+    return tensor.item()
 
 
 def clip(module: "torch.nn.Module", largest: float) -> float:
