@@ -72,6 +72,33 @@ class CaptureConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How copies of the teacher are laid over workers and devices; docs/parallelism.md says which for what."""
+
+    mode: str = key(
+        "auto",
+        "data = one device a copy; device_map = several a worker; tensor, pipeline = several workers a copy",
+        ("auto", "data", "device_map", "tensor", "pipeline"),
+    )
+    shard_size: int | str = key("auto", "workers (device_map: devices) of one copy; auto = the fewest that hold it")
+    max_memory: str | None = key(None, "device_map: the most weights on a device, e.g. 70GiB; the rest is offloaded")
+    timeout_seconds: int = key(600, "longest that the workers of one copy wait for each other")
+
+    def __post_init__(self) -> None:
+        size = self.shard_size
+        if size != "auto" and (not isinstance(size, int) or size < 1):
+            raise ConfigError(f"parallel.shard_size: expected auto or a positive integer, found {size!r}")
+        if self.mode == "data" and size not in ("auto", 1):
+            raise ConfigError(
+                f"parallel.shard_size: expected 1 with parallel.mode=data, found {size}; "
+                "tensor, pipeline or device_map share a copy"
+            )
+        if self.max_memory is not None and self.mode != "device_map":
+            raise ConfigError(f"parallel.max_memory: expected parallel.mode=device_map with it, found {self.mode}")
+        at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
+
+
+@dataclass(frozen=True)
 class BatchConfig:
     """How samples are batched for the teacher. Batches never depend on the number of workers."""
 
@@ -105,6 +132,7 @@ class GenerateConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     log_dir: str = key("logs", "folder of the workers' logs")

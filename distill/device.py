@@ -1,6 +1,7 @@
 """Which device a worker computes on."""
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -36,3 +37,29 @@ def pick_device(key: str, wanted: str, local_rank: int, local_world_size: int) -
     device = torch.device("cuda", int(index) if index else local_rank % count)
     torch.cuda.set_device(device)
     return device
+
+
+def first_device(device: torch.device, local_rank: int, each: int) -> torch.device:
+    """The first of the `each` GPUs of a worker with several, made the current one; a CPU stays what it is."""
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank * each)
+        torch.cuda.set_device(device)
+    return device
+
+
+def count_devices(device: torch.device, local_world_size: int) -> int:
+    """Devices of this node that its workers may use: its GPUs, or a share of the CPU for each worker."""
+    return torch.cuda.device_count() if device.type == "cuda" else local_world_size
+
+
+def free_bytes(device: torch.device, local_world_size: int) -> int:
+    """Memory that this worker may still use: of its GPU, or of the machine, shared with the workers beside it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) // -(-local_world_size // torch.cuda.device_count())
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return 1 << 62
+    found = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(found.split()[1]) * 1024 // local_world_size

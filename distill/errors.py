@@ -6,7 +6,8 @@ DistillError
 │   ├── DataError      the dataset
 │   ├── TeacherError   the model, its tokenizer or its device
 │   └── StoreError     the store: not one, another run's, damaged, unwritable
-└── NumericalError     the teacher produced NaN or infinite logits: exit status 1
+├── NumericalError     the teacher produced NaN or infinite logits: exit status 1
+└── PeerError          another worker of the same replica hangs: exit status 1
 
 A message says what was expected, what was found, and where (key, file, sample, block).
 """
@@ -38,6 +39,14 @@ class StoreError(UserError):
 
 class NumericalError(DistillError, ArithmeticError):
     """The teacher's logits are NaN or infinite."""
+
+
+class PeerError(DistillError, RuntimeError):
+    """Workers of the same replica have not answered for too long. ranks: theirs."""
+
+    def __init__(self, message: str, ranks: list[int]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 def first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from distill.errors import UserError
+from distill.errors import PeerError, UserError
 
 TAIL_LINES = 10
 _TAIL_BYTES = 1 << 14
@@ -37,12 +37,13 @@ class Session:
 
     log:           the file of this worker, once opened
     how_to_go_on:  what to tell the user when the run is stopped before its end; set when there is something to say
+    role:          what this worker is beside its rank, in words; set when there is something to say
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.log: Path | None = None
-        self.how_to_go_on = ""
+        self.how_to_go_on = self.role = ""
         self._log_start = 0
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._bars: list[TokenBar | tqdm[NoReturn]] = []
@@ -101,6 +102,12 @@ class Session:
             self._close_bars()
             self._say(f"error: {error}")
             return 2
+        except PeerError as error:  # their logs are what explains it
+            self._close_bars()
+            logging.getLogger("distill").critical("%s", error, extra={"console": False})
+            assert self.log is not None
+            self._say("\n".join([str(error), *(_end_of(self.log.with_name(f"worker_{r}.log")) for r in error.ranks)]))
+            return 1
         except Exception:
             self._close_bars()
             logging.getLogger("distill").critical("this worker failed", exc_info=True, extra={"console": False})
@@ -114,11 +121,7 @@ class Session:
         """Who failed, where its log is, and how that log ends."""
         if self.log is None:
             return f"worker {self.rank} failed before it had a log:\n{traceback.format_exc()}"
-        with self.log.open("rb") as file:
-            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            tail = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-        head = f"worker {self.rank} failed; the end of its log, {self.log.absolute()}:"
-        return "\n".join([head, *(f"  {line}" for line in tail or ["(empty)"])])
+        return f"worker {self.rank}{self.role and f' ({self.role})'} failed; {_end_of(self.log, self._log_start)}"
 
     def leave_report(self) -> None:
         """Keep the report where torchrun will look for it, should this worker die without a word."""
@@ -150,6 +153,17 @@ class Session:
     def _close_bars(self) -> None:
         for bar in self._bars:
             bar.close()
+
+
+def _end_of(log: Path, start: int = 0) -> str:
+    """Where a log is, and its last lines from the byte `start` on."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            tail = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    except OSError as error:
+        tail = [f"(unreadable: {error.strerror})"]
+    return "\n".join([f"the end of its log, {log.absolute()}:", *(f"  {line}" for line in tail or ["(empty)"])])
 
 
 def _a_sibling_is_gone() -> bool:

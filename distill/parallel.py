@@ -1,23 +1,30 @@
 """Who am I among the workers, which blocks are mine, and how do we wait for each other.
 
 `Grid` does all rank arithmetic and needs no process group, so that any number of workers can be tested in one
-process. `Board` is torchrun's own key-value store: workers share a few counters and flags through it, and no
-collective is ever needed in data parallelism, so workers may do different numbers of batches and waiting has
-no time-out.
+process. World = replicas x shard_size: a replica is one copy of the teacher on `shard_size` consecutive local ranks of
+one node, so that its traffic never leaves the node. `Board` is torchrun's own key-value store: workers share a few
+counters and flags through it. Replicas need no collective, so they may do different numbers of batches, and waiting
+has no time-out; only the workers of one replica share a process group, whose waiting has one.
 """
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from distill.errors import ConfigError
+from distill.errors import ConfigError, PeerError, first_line
 
 if TYPE_CHECKING:  # importing torch takes seconds; usage errors should not
     import torch
     from torch.distributed import Store
+
+logger = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Grid:
     node:                          of this worker's node
     attempt:                       how often torchrun has restarted the workers
     launched:                      whether torchrun started this process (else this is the only one)
+    shard_size:                    workers that share one copy of the teacher
     """
 
     rank: int = 0
@@ -38,6 +46,44 @@ class Grid:
     node: int = 0
     attempt: int = 0
     launched: bool = False
+    shard_size: int = 1
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the teacher."""
+        return self.world_size // self.shard_size
+
+    @property
+    def replica(self) -> int:
+        """Which copy of the teacher this worker belongs to."""
+        return self.rank // self.shard_size
+
+    @property
+    def shard_rank(self) -> int:
+        """The place of this worker in its replica."""
+        return self.rank % self.shard_size
+
+    @property
+    def role(self) -> str:
+        """What this worker is in its replica, in words; nothing where it is all of it."""
+        if self.shard_size == 1:
+            return ""
+        return f"replica {self.replica} of {self.num_replicas}, shard rank {self.shard_rank} of {self.shard_size}"
+
+    def sharded(self, shard_size: int) -> "Grid":
+        """The same worker, with replicas of `shard_size` workers. Raises ConfigError where they do not fill a node."""
+        if shard_size < 1 or self.local_world_size % shard_size:
+            whole, rest = divmod(self.local_world_size, max(1, shard_size))
+            raise ConfigError(
+                f"parallel.shard_size: expected a divisor of the {self.local_world_size} workers of a node, found "
+                f"{shard_size}: {whole} replicas x {shard_size} workers = {whole * shard_size}, {rest} left over"
+            )
+        if (self.rank - self.local_rank) % shard_size:
+            raise ConfigError(
+                f"parallel.shard_size={shard_size}: expected as many workers on every node, found "
+                f"{self.local_world_size} on node {self.node} after {self.rank - self.local_rank} on the nodes before"
+            )
+        return replace(self, shard_size=shard_size)
 
     @classmethod
     def from_environment(cls) -> "Grid":
@@ -55,7 +101,7 @@ class Grid:
         )
 
     def deal(self, blocks: Sequence[int]) -> list[int]:
-        """The share of this worker among `blocks`: a DistributedSampler's, without its padding.
+        """The share of this worker's replica among `blocks`: a DistributedSampler's, without its padding.
 
         A padded block would have two writers, and two writers in one shard lose rows.
         """
@@ -66,7 +112,7 @@ class Grid:
                 positions = range(self.rank, self.total_size, self.num_replicas)
                 return (i for position, i in zip(positions, super().__iter__(), strict=True) if position < len(blocks))
 
-        sampler = Unpadded(range(len(blocks)), num_replicas=self.world_size, rank=self.rank, shuffle=False)  # type: ignore[arg-type]
+        sampler = Unpadded(range(len(blocks)), num_replicas=self.num_replicas, rank=self.replica, shuffle=False)  # type: ignore[arg-type]
         return [blocks[i] for i in sampler]
 
     def board(self) -> "Board":
@@ -78,16 +124,61 @@ class Grid:
         """The process group of all workers, for training: NCCL between GPUs, gloo between CPUs."""
         import torch.distributed as dist
 
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", self._shared_store()),
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        store = dist.PrefixStore("group", self._shared_store())
+        dist.init_process_group(_backend(device), store=store, rank=self.rank, world_size=self.world_size)
         try:
             yield
         finally:
             dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def replica_group(self, device: "torch.device", timeout_seconds: float) -> Iterator[None]:
+        """The default process group, of the workers of this replica; none where there is one worker only.
+
+        Raises PeerError where another worker of the replica has not answered for `timeout_seconds`. Where another
+        worker has died, this one waits to be stopped: it is a victim, and its own error would hide the cause.
+        """
+        import torch.distributed as dist
+
+        if self.shard_size == 1:
+            yield
+            return
+        store = dist.PrefixStore(f"replica {self.replica}", self._shared_store())
+        dist.init_process_group(
+            _backend(device),
+            store=store,
+            rank=self.shard_rank,
+            world_size=self.shard_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not any(
+                word in str(error) for word in ("gloo", "NCCL", "Timed out waiting")
+            ):
+                raise
+            logger.warning("lost the other workers of replica %d: %s", self.replica, first_line(error))
+            silent = self._silent_peers(Board(store))
+            raise PeerError(
+                f"worker {', '.join(map(str, silent))} of replica {self.replica} has not answered for "
+                f"{timeout_seconds:g} s (parallel.timeout_seconds)",
+                silent,
+            ) from error
+        dist.destroy_process_group()  # not after an error: it may wait for operations that never end
+
+    def _silent_peers(self, board: "Board") -> list[int]:
+        """Ranks of this replica that have not lost the others within a grace period: those who are stuck.
+
+        Only the first worker who lost them returns; the rest wait to be stopped, so that there is one report.
+        """
+        first = board.add("lost", 1) == 1
+        board.note(f"{self.rank} lost the others", "")
+        time.sleep(_GRACE_SECONDS)  # if a worker has died, torchrun stops this one meanwhile
+        while not first:
+            time.sleep(1)
+        peers = range(self.replica * self.shard_size, (self.replica + 1) * self.shard_size)
+        return [peer for peer in peers if not board.has(f"{peer} lost the others")]
 
     def _shared_store(self) -> "Store":
         from torch.distributed import HashStore, PrefixStore, Store
@@ -95,6 +186,10 @@ class Grid:
 
         store: Store = next(rendezvous("env://"))[0] if self.launched else HashStore()
         return PrefixStore(f"distill/{self.attempt}", store)
+
+
+def _backend(device: "torch.device") -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def wrap(module: "torch.nn.Module", mode: str, device: "torch.device") -> "torch.nn.Module":
@@ -138,7 +233,7 @@ def refuse_other_launchers() -> None:
 
 
 class Board:
-    """Counters, flags and notes shared by all workers. Nothing here blocks except `wait`, which polls."""
+    """Counters, flags and notes shared by all workers. Nothing here blocks but `wait` and `meet`, which poll."""
 
     def __init__(self, store: "Store") -> None:
         self._store = store
@@ -153,6 +248,16 @@ class Board:
 
     def wait(self, name: str, poll_seconds: float = 0.05) -> str:
         """The note `name`, as soon as somebody has published it; however long that takes."""
-        while not self._store.check([name]):
+        while not self.has(name):
             time.sleep(poll_seconds)
         return str(self._store.get(name), "utf-8")
+
+    def has(self, name: str) -> bool:
+        """Whether somebody has published a note `name`."""
+        return bool(self._store.check([name]))
+
+    def meet(self, name: str, count: int, poll_seconds: float = 0.05) -> None:
+        """Wait until `count` workers have come here; however long that takes."""
+        self.add(name, 1)
+        while self.add(name, 0) < count:
+            time.sleep(poll_seconds)

@@ -6,6 +6,7 @@ import platform
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distill import __version__, data, plan, schema
 from distill.config import GenerateConfig
@@ -72,8 +73,8 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> Store | N
     return store
 
 
-def plan_store(config: GenerateConfig, source: Source, fingerprint: dict[str, Any], dtype: str) -> Store:
-    """Tokenize the dataset, place the samples, and create the store with its tokens."""
+def lay_out(config: GenerateConfig, source: Source) -> tuple[data.Samples, NDArray[np.int64], plan.Plan]:
+    """Tokenize the dataset and place the samples: the samples, the order in which they lie, and where."""
     samples = data.tokenize(config.dataset, source.tokenizer, source.context_length)
     if samples.largest_token >= source.vocab_size:
         raise TeacherError(
@@ -83,7 +84,13 @@ def plan_store(config: GenerateConfig, source: Source, fingerprint: dict[str, An
     order = plan.permutation(len(samples.lengths), config.capture.seed)
     lengths = samples.lengths[order]
     rows = config.store.block_rows
-    layout = plan.lay_out(lengths, rows if isinstance(rows, int) else plan.auto_block_rows(lengths))
+    return samples, order, plan.lay_out(lengths, rows if isinstance(rows, int) else plan.auto_block_rows(lengths))
+
+
+def plan_store(config: GenerateConfig, source: Source, fingerprint: dict[str, Any], dtype: str) -> Store:
+    """Tokenize the dataset, place the samples, and create the store with its tokens."""
+    samples, order, layout = lay_out(config, source)
+    lengths = layout.lengths
     store = Store.create(
         config.store.path,
         config.store.options,

@@ -48,6 +48,11 @@ def mean_topk_mass(store: Store) -> float:
     return mass / rows if rows else math.nan
 
 
+def expected_bytes(tokens: int, k: int, vocab_size: int, num_temperatures: int) -> float:
+    """About the size of a store to come: what its parts, compressed, have come to so far."""
+    return tokens * (k * (0.9 * math.log2(vocab_size) / 8 + 0.6) + 5 * num_temperatures + 2)
+
+
 def table(lines: dict[str, str]) -> str:
     """Names and values in two columns."""
     width = max(map(len, lines))

@@ -4,6 +4,8 @@ N rows, V vocabulary, K kept ids, n temperatures.
 
 For logits z [N, V] and temperature T: logsumexp_T = log sum_v exp(z_v / T). Kept are the K ids of largest z, their
 log-probabilities at temperature 1, and per temperature logsumexp_T and the log of the mass outside the K ids.
+
+The vocabulary may be cut in shards: `reduce` takes the candidates of each, `conclude` what is kept of all.
 """
 
 from collections.abc import Sequence
@@ -42,6 +44,21 @@ class Captured:
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(cls)))
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What a shard of the vocabulary, of width W, contributes to N rows; C = min(K, W).
+
+    values, ids:  [N, C] float32 and int64, its largest logits, by descending value, ties by lowest id
+    rest:         [N, n] float32, per temperature log sum exp(z / T) of its other ids; -inf where there are none
+    following:    [N] float32, the logit of the id that follows; -inf where it is another shard's, nan where none does
+    """
+
+    values: Tensor
+    ids: Tensor
+    rest: Tensor
+    following: Tensor
+
+
 @torch.inference_mode()
 def capture(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Tensor) -> Captured:
     """Reduce logits ([N, V] float32, overwritten) to what is kept of them.
@@ -49,15 +66,43 @@ def capture(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Ten
     next_ids: [N] int64, the ids that follow, -1 where none does.
     NaN or +inf among a row's logits make its logsumexp non-finite.
     """
-    following = logits.gather(1, next_ids.clamp(min=0)[:, None])[:, 0]
+    return conclude([reduce(logits, k, temperatures, next_ids)], k, temperatures)
+
+
+@torch.inference_mode()
+def reduce(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Tensor, first_id: int = 0) -> Candidates:
+    """The candidates among logits ([N, W] float32, overwritten) of the ids from `first_id` on."""
+    at = next_ids - first_id
+    here = (at >= 0) & (at < logits.shape[1])
+    following = logits.gather(1, torch.where(here, at, 0)[:, None])[:, 0]
     values, ids, largest_left = _topk(logits, k)
     logits.scatter_(1, ids, -torch.inf)  # now only the tail is left
     logits.sub_(largest_left[:, None])  # so that exp() below neither overflows nor loses the whole tail
+    rest = []
+    for i, temperature in enumerate(temperatures):
+        scaled = logits.div_(temperature) if i == len(temperatures) - 1 else logits / temperature
+        rest.append(scaled.exp_().sum(dim=1).log_() + largest_left / temperature)
+    following = torch.where(here, following, -torch.inf).masked_fill_(next_ids < 0, torch.nan)
+    return Candidates(values, ids + first_id, torch.stack(rest, dim=1), following)
+
+
+@torch.inference_mode()
+def conclude(shards: Sequence[Candidates], k: int, temperatures: Sequence[float]) -> Captured:
+    """What is kept of N rows, given the candidates of every shard of the vocabulary, in the order of their ids."""
+    first = shards[0]
+    values, ids, rest, following = first.values, first.ids, first.rest, first.following
+    rejected = values[:, k:]
+    if len(shards) > 1:
+        values, order = torch.cat([shard.values for shard in shards], dim=1).sort(dim=1, descending=True, stable=True)
+        ids = torch.cat([shard.ids for shard in shards], dim=1).gather(1, order)[:, :k]
+        values, rejected = values[:, :k], values[:, k:]
+        rest = torch.logsumexp(torch.stack([shard.rest for shard in shards]), dim=0)
+        following = torch.stack([shard.following for shard in shards]).amax(dim=0)
     lse_columns, tail_columns = [], []
     for i, temperature in enumerate(temperatures):
-        last = i == len(temperatures) - 1
-        scaled = logits.div_(temperature) if last else logits / temperature
-        tail = scaled.exp_().sum(dim=1).log_() + largest_left / temperature
+        tail = rest[:, i]
+        if rejected.shape[1]:
+            tail = torch.logaddexp(tail, torch.logsumexp(rejected / temperature, dim=1))
         lse = torch.logaddexp(torch.logsumexp(values / temperature, dim=1), tail)
         lse_columns.append(lse)
         tail_columns.append(tail - lse)
@@ -67,7 +112,7 @@ def capture(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Ten
         topk_logprobs=values - at_one[:, None],
         logsumexp=torch.stack(lse_columns, dim=1),
         tail_logprob=torch.stack(tail_columns, dim=1),
-        target_logprob=torch.where(next_ids >= 0, following - at_one, torch.nan),
+        target_logprob=following - at_one,
     )
 
 

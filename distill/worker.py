@@ -1,6 +1,6 @@
 """One worker's share of the teacher's work: its blocks, from tokens to commits.
 
-N rows of a batch, K kept ids, n temperatures, V vocabulary.
+N rows of a batch, K kept ids, n temperatures.
 """
 
 import json
@@ -20,7 +20,7 @@ from distill.errors import NumericalError
 from distill.parallel import Board
 from distill.plan import Plan
 from distill.schema import CAPTURED
-from distill.sparse import Captured, capture, round_logprobs
+from distill.sparse import Captured, round_logprobs
 from distill.store import Store
 from distill.teacher import Teacher
 
@@ -76,9 +76,11 @@ class Worker:
                 arrays = self._forward(block)
                 if writing is not None:
                     writing.result()  # at most one block waits in memory; an error of the writer surfaces here
-                writing = writer.submit(self._write, block, arrays)
+                if self._teacher.captures:
+                    writing = writer.submit(self._write, block, arrays)
             if writing is not None:
                 writing.result()
+        self._teacher.close()
         self.totals.seconds = time.monotonic() - began
 
     def progress(self) -> tuple[int, str]:
@@ -87,7 +89,7 @@ class Worker:
         return self._board.add("tokens", 0), f"{written / tokens:.0f} B/tok" if tokens else ""
 
     def _forward(self, block: int) -> dict[str, NDArray[Any]]:
-        """The captured arrays of one block, up to its last row in use."""
+        """The captured arrays of one block, up to its last row in use; empty ones where another worker captures."""
         samples = self._plan.samples_of(block)
         starts = self._plan.starts[samples.start : samples.stop] - block * self._plan.block_rows
         ends = starts + self._plan.lengths[samples.start : samples.stop]
@@ -101,7 +103,9 @@ class Worker:
         }
         for batch in self._plan.batches(block, self._config.batch.max_tokens):
             rows = [np.arange(starts[i - samples.start], ends[i - samples.start]) for i in batch]
-            captured = self._capture([tokens[span] for span in rows])
+            captured = self._teacher.capture([tokens[span] for span in rows], k, self._config.capture.temperatures)
+            if captured is None:
+                continue
             self._check_finite(captured, batch)
             at = np.concatenate(rows)
             arrays["topk_ids"][at] = captured.topk_ids.numpy()
@@ -114,17 +118,6 @@ class Worker:
             self.totals.targets += len(known)
             self._board.add("tokens", len(at))
         return arrays
-
-    def _capture(self, samples: list[NDArray[np.int32]]) -> Captured:
-        """Run the teacher over a batch and keep what is kept, row after row."""
-        following = np.concatenate([np.append(sample[1:], -1) for sample in samples]).astype(np.int64)  # [N]
-        next_ids = torch.from_numpy(following).to(self._teacher.device)
-        parts, at = [], 0
-        for logits in self._teacher.logits(samples):  # [n, V]
-            ids = next_ids[at : at + len(logits)]
-            parts.append(capture(logits, self._config.capture.k, self._config.capture.temperatures, ids))
-            at += len(logits)
-        return Captured.concatenate(parts)
 
     def _check_finite(self, captured: Captured, batch: list[int]) -> None:
         """Raise NumericalError at the first row whose logits are NaN or infinite."""

@@ -34,6 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("gpt2", {"vocab_size": 1000, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024}),
     "mixtral": ("mixtral", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": ("phi3", _COMMON),
+    "gpt_neox": ("gpt_neox", {**_COMMON, "tie_word_embeddings": False}),
     "cohere": ("cohere", {**_COMMON, "logit_scale": 0.25}),
 }
 CHAT_TEMPLATE = (

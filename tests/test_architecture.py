@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "schema": {"store"},
     "chat": {"errors"},
     "data": {"errors", "config", "fingerprint", "chat"},
-    "teacher": {"errors", "config", "fingerprint", "sparse", "parallel"},
+    "teacher": {"errors", "config", "device", "fingerprint", "sparse", "parallel"},
     "samples": {"errors", "store"},
     "shuffle": {"samples"},
     "cache": {"errors", "fingerprint", "samples", "shuffle"},

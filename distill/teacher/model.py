@@ -7,6 +7,8 @@ token. Its hidden states, padding dropped, [N, H], go through the head in slices
 ``forward`` with the backbone replaced by those hidden states, so that whatever a model does to its logits
 (soft-capping, scaling) is done; only the matrix product itself is ours, since it must give float32: bfloat16 logits
 of 16 to 32 are 0.125 apart. All this is checked against the plain model when it is loaded.
+
+The model may be spread over devices or workers; `Share` is what this file knows of that.
 """
 
 import copy
@@ -18,15 +20,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from distill.errors import TeacherError, first_line
+from distill.sparse import Captured, conclude, reduce
+from distill.teacher.share import Share
 from distill.teacher.source import Source
 
 logger = logging.getLogger(__name__)
 
-_SLICE_LOGITS_CPU = 256 * 1024 * 1024 // 4  # about 256 MiB of float32 logits at a time
-_SLICE_LOGITS_GPU = 1024 * 1024 * 1024 // 4
 _FEWEST_SLICE_TOKENS = 256
+
+
+def slice_bytes(device: torch.device) -> int:
+    """About how much float32 logits are held at a time."""
+    return (256 if device.type == "cpu" else 1024) << 20
 
 
 def resolve_dtype(source: Source, device: torch.device) -> torch.dtype:
@@ -39,61 +46,65 @@ def resolve_dtype(source: Source, device: torch.device) -> torch.dtype:
 
 
 class Teacher:
-    """A causal language model on one device."""
+    """A causal language model, or this worker's share of one.
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        """Take over `model`, a transformers causal LM in eval mode on `device`, and check that our head is its own."""
+    device:   where ids go
+    captures: whether what it says comes out on this worker
+    """
+
+    def __init__(self, model: Any, device: torch.device, share: Share | None = None) -> None:
+        """Take over `model`, a transformers causal LM in eval mode, and check that our head is its own."""
         self.device = device
         self.vocab_size = int(model.config.get_text_config().vocab_size)
-        budget = _SLICE_LOGITS_CPU if device.type == "cpu" else _SLICE_LOGITS_GPU
-        self._slice_tokens = max(_FEWEST_SLICE_TOKENS, budget // self.vocab_size)
-        self._model = model
+        self._slice_tokens = max(_FEWEST_SLICE_TOKENS, slice_bytes(device) // (4 * self.vocab_size))
+        self._model, self._share = model, share or Share()
+        self.captures = self._share.captures
         self._sliced = self._split()
 
-    @classmethod
-    def load(cls, source: Source, device: torch.device, dtype: torch.dtype) -> "Teacher":
-        """Load the weights at `dtype` onto `device`. Raises TeacherError where transformers cannot."""
-        from transformers import AutoModelForCausalLM
+    def capture(self, samples: Sequence[NDArray[np.int32]], k: int, temperatures: Sequence[float]) -> Captured | None:
+        """What is kept of the distributions after every token of the samples, sample after sample, on the CPU.
 
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                dtype=dtype,
-                trust_remote_code=source.config.trust_remote_code,
-                attn_implementation=source.config.attn_implementation,
-                output_loading_info=True,
-            )
-        except Exception as error:
-            raise TeacherError(f"teacher.model: cannot load {source.folder}: {first_line(error)}") from error
-        if missing := sorted(info["missing_keys"]):
-            raise TeacherError(
-                f"teacher.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
-            )
-        try:
-            return cls(model.eval().to(device), device)
-        except torch.OutOfMemoryError as error:
-            raise TeacherError(f"teacher.model: {source.folder} does not fit into the memory of {device}") from error
+        samples: token ids, [T_i] each, together one batch. None where another worker has it: all workers of a copy
+        are to call this with the same batches.
+        """
+        following = np.concatenate([np.append(sample[1:], -1) for sample in samples]).astype(np.int64)  # [N]
+        next_ids = torch.from_numpy(following).to(self.device)
+        parts, at = [], 0
+        for logits in self.logits(samples):  # [n, V]
+            ids = next_ids[at : at + len(logits)].to(logits.device)
+            shards = self._share.collect(reduce(logits, k, temperatures, ids, self._share.first_id), k)
+            parts += [conclude(shards, k, temperatures)] if shards else []
+            at += len(logits)
+        return Captured.concatenate(parts) if parts else None
+
+    def close(self) -> None:
+        """Wait until the other workers of the copy have what they need of this one."""
+        self._share.flush()
 
     @torch.inference_mode()
     def logits(self, samples: Sequence[NDArray[np.int32]]) -> Iterator[Tensor]:
         """Float32 logits [n, V] of every token of the samples, sample after sample, a slice at a time.
 
-        samples: token ids, [T_i] each, together one batch. A slice is the caller's to overwrite until the next is
-        taken, which may lie in the same memory.
+        With tensor parallelism those of this worker's shard of the vocabulary, [n, W]; in a pipeline only the last
+        stage has any. A slice is the caller's to overwrite until the next is taken, which may lie in the same memory.
         """
         if not self._sliced:
             for sample in samples:
-                yield from torch.split(self._plain(sample), self._slice_tokens)
+                whole = self._plain(sample)
+                yield from () if whole is None else torch.split(whole, self._slice_tokens)
             return
-        for hidden in torch.split(self._hidden(samples), self._slice_tokens):  # [n, H]
-            yield self._head(hidden)
+        hidden = self._hidden(samples)  # [N, H]
+        for part in () if hidden is None else torch.split(hidden, self._slice_tokens):
+            yield self._head(part)
 
-    def _hidden(self, samples: Sequence[NDArray[np.int32]]) -> Tensor:
-        """Last hidden states of the real tokens, [N, H]."""
+    def _hidden(self, samples: Sequence[NDArray[np.int32]]) -> Tensor | None:
+        """Last hidden states of the real tokens, [N, H]; None where another worker has them."""
         ids, real = _pad(samples, self.device)
-        self._output = self._backbone(input_ids=ids, use_cache=False)
+        self._output = self._share.run(self._backbone, ids)
+        if self._output is None:
+            return None
         hidden: Tensor = self._output.last_hidden_state  # [B, T, H]
-        return hidden[real]
+        return hidden[real.to(hidden.device)]
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, H] to float32 logits [n, V], by the model's own forward around them."""
@@ -103,45 +114,56 @@ class Teacher:
         logits: Tensor = self._model(input_ids=ids, use_cache=False).logits[0].float()
         return logits
 
-    def _plain(self, sample: NDArray[np.int32]) -> Tensor:
-        """The model's own logits of one sample alone, [T, V] in float32."""
-        ids = torch.from_numpy(sample.astype(np.int64))[None].to(self.device)
-        logits: Tensor = self._model(input_ids=ids, use_cache=False).logits[0].float()
-        return logits
+    def _plain(self, *samples: NDArray[np.int32]) -> Tensor | None:
+        """The model's own logits of the samples' tokens, padded together, [N, V] in float32; None as above."""
+        ids, real = _pad(samples, self.device)
+        output = self._share.run(self._model, ids)
+        return None if output is None else output.logits[real.to(output.logits.device)].float()
 
     @torch.inference_mode()
     def _split(self) -> bool:
         """Put our head in place and compare it with the plain model; where they differ, undo it.
 
         On one padded batch the two must agree closely, and padding may not matter more than other batch shapes do.
+        The workers of a copy find the same, and go the same way.
         """
         model, head = self._model, self._model.get_output_embeddings()
         rng = np.random.Generator(np.random.PCG64(0))
         samples = [rng.integers(0, self.vocab_size, length).astype(np.int32) for length in (9, 5)]
         self._backbone, self._replay = model.base_model, _Replay()
-        if self._backbone is model or not isinstance(head, nn.Linear):
+        if not self._share.agree(
+            self._backbone is not model and (not self._share.captures or isinstance(head, nn.Linear))
+        ):
             return self._fall_back("it has no backbone and linear head to take apart")
-        exact = head.weight.dtype == torch.float32
-        ids, real = _pad(samples, self.device)
-        padded = model(input_ids=ids, use_cache=False).logits[real].float()  # [N, V]
-        alone = torch.cat([self._plain(sample) for sample in samples])  # [N, V]
-        if _relative_difference(alone, padded) > (1e-3 if exact else 0.25):
+        padded = self._plain(*samples)  # [N, V]
+        alone = [self._plain(sample) for sample in samples]
+        harmless = True
+        if padded is not None:
+            exact = head.weight.dtype == torch.float32
+            together = torch.cat([part for part in alone if part is not None])
+            harmless = _relative_difference(together, padded) <= (1e-3 if exact else 0.25)
+        if not self._share.agree(harmless):
             return self._fall_back("padding on the right changes its logits")
-        setattr(model, model.base_model_prefix, self._replay)
-        model.set_output_embeddings(_Float32Head(head))
-        try:
-            found = torch.cat([self._head(hidden).clone() for hidden in torch.split(self._hidden(samples), 4)])
-            difference = _relative_difference(padded, found)
-            if difference <= (1e-3 if exact else 0.02):
-                return True
-            reason = f"taken apart, its logits differ by {difference:.2g} of the largest"
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a forward that wants more of its backbone than hidden states may raise anything
-            reason = f"its forward does not run on hidden states ({type(error).__name__}: {error})"
-        setattr(model, model.base_model_prefix, self._backbone)
-        model.set_output_embeddings(head)
-        return self._fall_back(reason)
+        hidden = self._hidden(samples)
+        reason = ""
+        if hidden is not None and padded is not None:
+            setattr(model, model.base_model_prefix, self._replay)
+            model.set_output_embeddings(_Float32Head(head))
+            try:
+                found = torch.cat([self._head(part).clone() for part in torch.split(hidden, 4)])
+                difference = _relative_difference(padded, found)
+                if difference > (1e-3 if exact else 0.02):
+                    reason = f"taken apart, its logits differ by {difference:.2g} of the largest"
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a forward that wants more than hidden states may raise anything
+                reason = f"its forward does not run on hidden states ({type(error).__name__}: {error})"
+        if self._share.agree(not reason):
+            return True
+        if hidden is not None:
+            setattr(model, model.base_model_prefix, self._backbone)
+            model.set_output_embeddings(head)
+        return self._fall_back(reason or "another worker of this copy found so")
 
     def _fall_back(self, reason: str) -> bool:
         logger.warning("teacher: one sample at a time, with whole forward passes, which is slower: %s", reason)
@@ -183,21 +205,33 @@ class _Float32Head(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = head.weight, head.bias
-        on_gpu = head.weight.device.type == "cuda"
-        self._mixed = on_gpu and head.weight.dtype != torch.float32
-        self._weight32 = head.weight if on_gpu else head.weight.float()  # CPU matmuls have no mixed precision: a copy
+        self.weight, self.bias = _resident(head)
+        on_gpu = self.weight.device.type == "cuda"
+        self._mixed = on_gpu and self.weight.dtype != torch.float32
+        self._weight32 = self.weight if on_gpu else self.weight.float()  # CPU products have no mixed precision: a copy
         # Reused on a CPU, where the fresh pages of a new tensor cost up to a tenth of the product.
-        self._buffer = None if on_gpu else torch.empty(0, head.weight.shape[0])
+        self._buffer = None if on_gpu else torch.empty(0, len(self.weight))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, n, H] -> [1, n, V] float32."""
+        hidden = hidden[0].to(self.weight.device)
         if self._mixed:
-            logits = torch.mm(hidden[0].to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32)
+            logits = torch.mm(hidden.to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32)
         elif self._buffer is None:
-            logits = torch.mm(hidden[0].float(), self._weight32.t())
+            logits = torch.mm(hidden.float(), self._weight32.t())
         else:
-            if len(self._buffer) < hidden.shape[1]:
-                self._buffer = hidden.new_empty(hidden.shape[1], len(self.weight), dtype=torch.float32)
-            logits = torch.mm(hidden[0].float(), self._weight32.t(), out=self._buffer[: hidden.shape[1]])
+            if len(self._buffer) < len(hidden):
+                self._buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=torch.float32)
+            logits = torch.mm(hidden.float(), self._weight32.t(), out=self._buffer[: len(hidden)])
         return (logits if self.bias is None else logits.add_(self.bias.float()))[None]
+
+
+def _resident(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the head as plain tensors on a device: this worker's shard, or fetched from where they lie."""
+    if head.weight.is_meta:  # offloaded by accelerate; the head is used for every slice, so it stays
+        from accelerate.utils import align_module_device
+
+        with align_module_device(head):
+            return head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()
+    local = [part.to_local() if isinstance(part, DTensor) else part for part in (head.weight, head.bias)]
+    return local[0], local[1]

@@ -46,6 +46,13 @@ class Source:
         return int(length) if length and length > 0 else None
 
     @cached_property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return sorted(
+            file for file in self.folder.iterdir() if file.is_file() and file.suffix in (".safetensors", ".bin")
+        )
+
+    @cached_property
     def vocabulary(self) -> dict[str, Any]:
         """What a student's tokenizer must agree with: the number of its tokens and a hash of (token, id) pairs."""
         pairs = sorted(self.tokenizer.get_vocab().items())
@@ -56,10 +63,9 @@ class Source:
         """What identifies the model and the tokenizer, wherever the folder is."""
         files = sorted(file for file in self.folder.iterdir() if file.is_file())
         tokenizer = [file for file in files if file.name.startswith(("token", "vocab", "merges", "special", "chat_"))]
-        weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
         return {
             "teacher.config": digest([self.folder / "config.json"]),
-            "teacher.weights": digest(weights),
+            "teacher.weights": digest(self.weight_files),
             "tokenizer": digest(tokenizer),
         }
 

@@ -12,6 +12,7 @@ loop      what is written today: padded batches of 8 in data order, model(...).l
 On a GPU: python -m tests.benchmarks.generate rounds=5 teacher.device=cuda teacher.model=FOLDER dataset.path=texts.jsonl
 """
 
+import copy
 import shutil
 import statistics
 import sys
@@ -95,7 +96,7 @@ def main(arguments: list[str]) -> None:
     source, device = locate(config.teacher), pick_device("teacher.device", config.teacher.device, 0, 1)
     dtype = resolve_dtype(source, device)
     model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
-    teacher = Teacher.load(source, device, dtype)
+    teacher = Teacher(copy.deepcopy(model), device)
     scratch = Path(tempfile.mkdtemp())
     at_scratch = replace(config, store=replace(config.store, path=str(scratch / "planned.zarr")))
     planned = prepare.plan_store(at_scratch, source, {}, "any")

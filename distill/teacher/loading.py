@@ -1,0 +1,86 @@
+"""Load a teacher's weights: whole, spread over a worker's devices, or this worker's share of them."""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.device import free_bytes
+from distill.errors import TeacherError, first_line
+from distill.teacher.pipeline import Stage
+from distill.teacher.placement import Needs, Placement
+from distill.teacher.share import Shard, Share
+from distill.teacher.source import Source
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement,
+    needs: Needs,
+    max_memory: str | None,
+    offload_folder: Path,
+) -> tuple[Any, Share]:
+    """The model in eval mode and this worker's share of it.
+
+    device: of this worker; the first one with device_map, which puts at most `max_memory` on each, and what finds no
+    place into memory, then on disk, in `offload_folder`.
+    Raises TeacherError where transformers cannot load it, weights are missing, or the device's memory is too small.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    share = Share()
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": source.config.trust_remote_code,
+        "attn_implementation": source.config.attn_implementation,
+    }
+    if placement.mode in ("device_map", "tensor") and importlib.util.find_spec("accelerate") is None:
+        raise TeacherError(f"parallel.mode={placement.mode} needs the package accelerate: pip install accelerate")
+    if placement.mode == "device_map":
+        limits = _max_memory(device, placement.shard_size, needs, max_memory)
+        kwargs |= {"device_map": "auto", "max_memory": limits, "offload_folder": offload_folder}
+    elif placement.mode == "tensor" and placement.shard_size > 1:
+        from transformers.distributed import DistributedConfig
+
+        if device.type == "cpu" and torch.cuda.is_available():
+            raise TeacherError("parallel.mode=tensor on a CPU beside GPUs: hide them with CUDA_VISIBLE_DEVICES=")
+        kwargs["distributed_config"] = DistributedConfig(tp_size=placement.shard_size, tp_plan=needs.tensor_plan)
+        share = Shard(needs.vocab_size, device)
+    elif placement.mode == "pipeline" and placement.shard_size > 1:
+        share = Stage(device)
+        loader = share.model_class(needs.model_class)
+        del kwargs["trust_remote_code"]
+    try:
+        model, info = loader.from_pretrained(source.folder, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise TeacherError(
+                f"teacher.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
+            )
+        if placement.mode in ("data", "pipeline"):
+            model = model.to(device)
+    except TeacherError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise TeacherError(f"teacher.model: {source.folder} does not fit into the memory of {device}") from error
+    except Exception as error:
+        raise TeacherError(f"teacher.model: cannot load {source.folder}: {first_line(error)}") from error
+    places = [str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()]
+    if offloaded := places.count("disk") + (places.count("cpu") if device.type == "cuda" else 0):
+        logger.warning("teacher: %d of its %d parts are in memory or on disk, which is slow", offloaded, len(places))
+    return model.eval(), share
+
+
+def _max_memory(device: torch.device, count: int, needs: Needs, limit: str | None) -> dict[int | str, int | str]:
+    """The most that weights may take of each of `count` devices from `device` on, as accelerate wants it."""
+    if device.type == "cpu":
+        return {"cpu": limit or free_bytes(device, 1)}
+    first = device.index
+    free = {i: int(0.9 * torch.cuda.mem_get_info(i)[0]) - needs.activations for i in range(first, first + count)}
+    return {**{i: limit or max(0, size) for i, size in free.items()}, "cpu": free_bytes(torch.device("cpu"), 1)}

@@ -1,0 +1,160 @@
+"""Pipeline parallelism, forward only: each worker of a copy holds a run of the teacher's layers.
+
+B batch, T positions (padded), H hidden size.
+
+Every stage is the model's own class, whose other layers are replaced before any weight is loaded, so that only its own
+weights are read. Stages walk the same batches in the same order, each as fast as it can: a stage works on a batch while
+the next one works on the batch before. The arithmetic is that of one process, to the last bit.
+"""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.errors import TeacherError
+from distill.teacher.share import GroupShare
+
+logger = logging.getLogger(__name__)
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList] | None:
+    """The list of the model's decoder layers and its name; None where it is not plain which one that is."""
+    number = int(model.config.get_text_config().num_hidden_layers)
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    outer = {n: p for n, p in lists.items() if not any(n.startswith(f"{other}.") for other in lists if other != n)}
+    found = [(name, part) for name, part in outer.items() if len(part) == number]
+    return found[0] if len(found) == 1 else None
+
+
+def balance(costs: Sequence[int], stages: int) -> list[int]:
+    """Cut consecutive costs into `stages` runs, so that the dearest is as cheap as can be: their bounds, stages + 1.
+
+    Bounds are as early as that allows, and no run is empty. Expects at least as many costs as stages.
+    """
+    totals = [0, *itertools.accumulate(costs)]
+    best: list[tuple[int, list[int]]] = [(totals[i], [0, i]) for i in range(len(totals))]  # of the first i costs
+    for stage in range(2, stages + 1):
+        best = [
+            min(
+                ((max(best[cut][0], totals[i] - totals[cut]), [*best[cut][1], i]) for cut in range(stage - 1, i)),
+                default=(totals[-1] + 1, []),
+            )
+            for i in range(len(totals))
+        ]
+    return best[-1][1]
+
+
+class Stage(GroupShare):
+    """One stage of the pipeline, and the way hidden states take to the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.first, self.captures = self.rank == 0, self.rank == self.size - 1
+        self._hidden: Tensor | None = None  # what came from the stage before, until the first layer takes it
+        self._sent: tuple[Any, Tensor] | None = None
+
+    def model_class(self, base: type) -> type:
+        """A subclass of the model's class `base` that keeps this stage's layers only."""
+
+        def init(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+            base.__init__(model, config, *args, **kwargs)  # type: ignore[misc]
+            self._cut(model)
+
+        # transformers finds the renamings of a checkpoint's keys by the name and the module of the class.
+        return type(
+            base.__name__,
+            (base,),
+            {"__init__": init, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]},
+        )
+
+    def _cut(self, model: Any) -> None:
+        """Replace what other stages own by modules without weights; layers keep their numbers."""
+        found = decoder_layers(model)
+        if found is None:
+            raise TeacherError(f"parallel.mode=pipeline: not plain which parts of {type(model).__name__} are layers")
+        layers = found[1]
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        costs = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+        costs[0] += embedding.weight.numel()
+        costs[-1] += head.weight.numel()
+        bounds = balance(costs, self.size)
+        begin, end = bounds[self.rank : self.rank + 2]
+        self.layers = range(begin, end)
+        logger.info(
+            "stage %d of %d: layers %d to %d of %d", self.rank, self.size, begin, end - 1, len(layers),
+            extra={"console": False},
+        )  # fmt: skip
+        for i in range(len(layers)):
+            if i not in self.layers:
+                layers[i] = _Elsewhere(layers[i])
+        if not self.captures:
+            name = next(name for name, part in model.named_modules() if part is head)
+            model.set_submodule(name, nn.Identity())
+            model.all_tied_weights_keys = {}
+            layers[end].register_forward_pre_hook(self._stop, with_kwargs=True)
+        if not self.first:
+            if not (tied and self.captures):
+                model.set_input_embeddings(nn.Identity())
+            layers[begin].register_forward_pre_hook(self._take, with_kwargs=True)
+
+    def run(self, module: Any, ids: Tensor) -> Any:
+        """The last stage's output; None on the others, which hand their hidden states on."""
+        text_config = module.config.get_text_config()
+        if not self.first:
+            self._hidden = torch.empty(*ids.shape, text_config.hidden_size, dtype=module.dtype, device=self.device)
+            dist.recv(self._hidden, self.rank - 1)
+        try:
+            output = module(use_cache=False, **({"input_ids": ids} if self.first else {"inputs_embeds": self._hidden}))
+        except _StageEnd as stopped:
+            self._send(stopped.hidden)
+            return None
+        return output
+
+    def _send(self, hidden: Tensor) -> None:
+        """Hand hidden states [B, T, H] to the next stage; at most one batch of them waits to be taken."""
+        self.flush()
+        hidden = hidden.contiguous()
+        self._sent = dist.isend(hidden, self.rank + 1), hidden  # kept until it has arrived
+
+    def flush(self) -> None:
+        """Wait until the next stage has everything."""
+        if self._sent is not None:
+            self._sent[0].wait()
+            self._sent = None
+
+    def _take(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first layer of this stage works on what came from the stage before."""
+        if args:
+            return (self._hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._hidden}
+
+    def _stop(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The layer after this stage's last is another worker's."""
+        raise _StageEnd(args[0] if args else kwargs["hidden_states"])
+
+
+class _StageEnd(Exception):  # noqa: N818
+    """Ends the forward pass of a stage that is not the last. hidden: [B, T, H], what the next stage begins with."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class _Elsewhere(nn.Module):
+    """Stands where another stage's layer would be: no weights, but the plain attributes that models look at."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and isinstance(value, int | str | float):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states

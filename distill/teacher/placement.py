@@ -1,0 +1,209 @@
+"""Which way a copy of the teacher is spread over devices, and how many it takes: arithmetic, decided before loading.
+
+A copy on S devices needs of each about P * 1.1 / S for P bytes of parameters, and the activations of one forward pass,
+counted whole, since every device holds all hidden states. That should fit into 0.9 of what is free.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distill.config import ParallelConfig
+from distill.errors import ConfigError, TeacherError, first_line
+from distill.parallel import Grid
+from distill.teacher.pipeline import decoder_layers
+from distill.teacher.source import Source
+
+_OVERHEAD, _USABLE = 1.1, 0.9
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the teacher is spread.
+
+    mode:       data, device_map, tensor or pipeline
+    shard_size: devices of one copy
+    """
+
+    mode: str = "data"
+    shard_size: int = 1
+
+    @property
+    def workers(self) -> int:
+        """Workers that share one copy."""
+        return self.shard_size if self.mode in ("tensor", "pipeline") else 1
+
+    def describe(self, grid: Grid) -> str:
+        """In words: "tensor, 4 replicas of 2 workers". grid: of all workers."""
+        replicas = grid.world_size // self.workers
+        devices = f" with {self.shard_size} devices" if self.mode == "device_map" else ""
+        return f"{self.mode}, {_count(replicas, 'replica')} of {_count(self.workers, 'worker')}{devices}"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a teacher needs, from its configuration and file sizes alone.
+
+    parameters, activations: bytes, of the weights and of one forward pass of batch.max_tokens
+    heads:                   attention heads and key-value heads
+    tensor_plan:             module -> how tensor parallelism splits it; empty where the model has no plan
+    model_class:             transformers' class of the model
+    quantization:            the method of a quantised checkpoint
+    """
+
+    architecture: str
+    parameters: int
+    activations: int
+    layers: int
+    heads: tuple[int, int]
+    vocab_size: int
+    tensor_plan: dict[str, str] = field(default_factory=dict)
+    model_class: Any = None
+    quantization: str | None = None
+
+    @classmethod
+    def of(cls, source: Source, dtype: torch.dtype, max_tokens: int, slice_bytes: int) -> "Needs":
+        """Look at an instance without weights. slice_bytes: of the logits that are held at a time."""
+        from transformers import AutoModelForCausalLM
+
+        text = source.text_config
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    source.model_config, dtype=dtype, trust_remote_code=source.config.trust_remote_code
+                )
+        except Exception as error:
+            raise TeacherError(f"teacher.model: cannot build {source.folder}: {first_line(error)}") from error
+        quantization = getattr(source.model_config, "quantization_config", None)
+        if quantization is not None and not isinstance(quantization, dict):
+            quantization = quantization.to_dict()
+        wide = max(
+            _number(text, "intermediate_size", 4 * text.hidden_size),
+            _number(text, "num_experts_per_tok", 0)
+            * _number(text, "moe_intermediate_size", _number(text, "intermediate_size", 0)),
+        )
+        heads = _number(text, "num_attention_heads", 1)
+        found = decoder_layers(model)
+        return cls(
+            architecture=type(model).__name__,
+            parameters=sum(file.stat().st_size for file in source.weight_files)
+            if quantization
+            else sum(weight.numel() * dtype.itemsize for weight in model.parameters()),
+            activations=max_tokens * 3 * (wide + text.hidden_size) * dtype.itemsize + 3 * slice_bytes,
+            layers=len(found[1]) if found else 0,
+            heads=(heads, _number(text, "num_key_value_heads", heads)),
+            vocab_size=source.vocab_size,
+            tensor_plan=_tensor_plan(model),
+            model_class=type(model),
+            quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
+        )
+
+    def per_device(self, shard_size: int) -> float:
+        """Bytes that a copy on `shard_size` devices needs of each."""
+        return self.parameters * _OVERHEAD / shard_size + self.activations
+
+    def refusal(self, mode: str, shard_size: int) -> str | None:
+        """Why the model cannot be cut this way (mode: tensor or pipeline); None if it can."""
+        if shard_size == 1:
+            return None
+        if self.quantization:
+            return f"the checkpoint is quantised ({self.quantization}), which data and device_map can load"
+        if mode == "pipeline":
+            if self.layers == 0:
+                return f"it is not plain which parts of {self.architecture} are its layers"
+            return f"expected at least {shard_size} layers, found {self.layers}" if self.layers < shard_size else None
+        if not self.tensor_plan:
+            return f"{self.architecture} has no plan for tensor parallelism in transformers; pipeline needs none"
+        for name, number in zip(("attention heads", "key-value heads"), self.heads, strict=True):
+            if number % shard_size:
+                return f"expected {name} that {shard_size} divides, found {number}; pipeline splits layers instead"
+        return None
+
+
+def decide(config: ParallelConfig, needs: Needs, free: int, grid: Grid, devices: int) -> Placement:
+    """The placement that the configuration asks for or, where it says auto, the one of fewest devices that fits.
+
+    free: bytes of a device that its worker may use. devices: of this node, for all its workers.
+    Raises ConfigError for what cannot be, and TeacherError where the teacher does not fit, with the arithmetic.
+    """
+    candidates = _candidates(config, grid, devices)
+    problems = [_problem(placement, needs, grid, devices) for placement in candidates]
+    possible = [placement for placement, problem in zip(candidates, problems, strict=True) if problem is None]
+    if not possible:
+        raise ConfigError(problems[0] or "")
+    if config.mode != "auto" and len(candidates) == 1:  # the user may know better than an estimate
+        placement = possible[0]
+        if placement.mode == "device_map" or needs.parameters / placement.shard_size <= free:
+            return placement
+    for placement in possible:
+        if needs.per_device(placement.shard_size) <= _USABLE * free:
+            return placement
+    hint = "a smaller batch.max_tokens, more devices, or parallel.mode=device_map, which offloads to memory and disk"
+    raise TeacherError(f"teacher.model does not fit: {arithmetic(needs, free, possible[-1])}; try {hint}")
+
+
+def arithmetic(needs: Needs, free: int, placement: Placement) -> str:
+    """What a device needs and has, in words."""
+    return (
+        f"{needs.parameters / _GIB:.1f} GiB of parameters x {_OVERHEAD} / {placement.shard_size} + "
+        f"{needs.activations / _GIB:.1f} of activations = {needs.per_device(placement.shard_size) / _GIB:.1f} GiB a "
+        f"device, of {_USABLE} x {free / _GIB:.1f} GiB free"
+    )
+
+
+def _candidates(config: ParallelConfig, grid: Grid, devices: int) -> list[Placement]:
+    """What the configuration leaves open, in order of preference: fewest devices first, then tensor before pipeline."""
+    node, mode, size = grid.local_world_size, config.mode, config.shard_size
+    own = devices // node
+    sizes = [size] if isinstance(size, int) else [s for s in range(2, node + 1) if node % s == 0] or [2]
+    if mode == "data" or (mode == "auto" and size == 1):
+        return [Placement()]
+    if mode == "device_map":
+        return [Placement(mode, size if isinstance(size, int) else max(1, own))]
+    if mode != "auto":
+        return [Placement(mode, s) for s in sizes]
+    shared = [Placement(way, s) for s in sizes for way in ("tensor", "pipeline")]
+    if isinstance(size, int):
+        return [Placement("device_map", size), *shared] if own >= size else shared
+    return [Placement(), *(Placement("device_map", s) for s in range(2, own + 1)), *shared]
+
+
+def _problem(placement: Placement, needs: Needs, grid: Grid, devices: int) -> str | None:
+    """Why this teacher cannot be spread this way over these workers and devices; None if it can."""
+    node, mode, size = grid.local_world_size, placement.mode, placement.shard_size
+    what = f"parallel.mode={mode}, shard_size {size}"
+    if mode == "data":
+        return None
+    if mode == "device_map":
+        if node * size <= devices:
+            return None
+        return f"{what}: {node} workers x {size} devices = {node * size}, found {devices}: start fewer workers"
+    try:
+        grid.sharded(size)
+    except ConfigError as error:
+        return str(error)
+    if size > 1 and node > devices:
+        return f"{what}: expected a device for each of the node's {node} workers, found {devices}"
+    refusal = needs.refusal(mode, size)
+    return refusal and f"{what}: {refusal}"
+
+
+def _tensor_plan(model: Any) -> dict[str, str]:
+    """The model's own plan with its output head left in shards of the vocabulary; empty where it has none."""
+    names = {part: name for name, part in model.named_modules()}
+    head, embedding = names.get(model.get_output_embeddings()), names.get(model.get_input_embeddings())
+    plan = {name: style for name, style in (getattr(model, "_tp_plan", None) or {}).items() if name != head}
+    if not plan or head is None or embedding is None:
+        return {}
+    return {embedding: "embedding_rowwise", **plan, head: "colwise"}
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    value = getattr(config, name, None)
+    return int(value) if isinstance(value, int) else default
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,86 @@
+"""One worker's share of a copy of the teacher: the whole of it, a shard of every weight, or a stage of its layers.
+
+B batch, T positions (padded), N rows, H hidden size, C candidates of a vocabulary shard, n temperatures.
+
+`Teacher` is written once, for the whole model, and asks its share in three places: to run a module, to bring the
+candidates of all vocabulary shards together, and to agree with the other workers of the copy.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from distill.sparse import Candidates
+
+
+class Share:
+    """The whole model.
+
+    captures: whether what the teacher says comes out on this worker
+    first_id: of this worker's shard of the vocabulary
+    """
+
+    captures = True
+    first_id = 0
+
+    def run(self, module: Any, ids: Tensor) -> Any:
+        """What `module`, the model or its backbone, makes of ids [B, T] int64; None where another worker has it."""
+        return module(input_ids=ids, use_cache=False)
+
+    def collect(self, candidates: Candidates, k: int) -> list[Candidates]:  # noqa: ARG002
+        """The candidates of every vocabulary shard, in order; none where another worker has them."""
+        return [candidates]
+
+    def agree(self, good: bool) -> bool:
+        """Whether all workers of the copy found it good."""
+        return good
+
+    def flush(self) -> None:
+        """Wait until the other workers of the copy have everything that is theirs."""
+
+
+class GroupShare(Share):
+    """A share among the workers of the default process group."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    def agree(self, good: bool) -> bool:
+        """Whether all workers of the copy found it good."""
+        verdict = torch.tensor(int(good), device=self.device)
+        dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return bool(verdict.item())
+
+
+class Shard(GroupShare):
+    """A shard of every weight (tensor parallelism), of the output head's along the vocabulary."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        super().__init__(device)
+        width = -(-vocab_size // self.size)
+        starts = [min(rank * width, vocab_size) for rank in range(self.size + 1)]
+        self._widths = [stop - start for start, stop in itertools.pairwise(starts)]
+        self.first_id, self.captures = starts[self.rank], self.rank == 0
+
+    def collect(self, candidates: Candidates, k: int) -> list[Candidates]:
+        """Gathered on the first worker: K candidates a row and worker travel, never V logits."""
+        counts = [min(k, width) for width in self._widths]
+        fill = (0, counts[0] - counts[self.rank])  # the last shards may be narrower than K
+        numbers = self._gather(
+            torch.cat([pad(candidates.values, fill), candidates.rest, candidates.following[:, None]], dim=1)
+        )
+        ids = self._gather(pad(candidates.ids, fill))
+        return [
+            Candidates(found[:, :count], its_ids[:, :count], found[:, counts[0] : -1], found[:, -1])
+            for count, found, its_ids in zip(counts, numbers, ids, strict=False)
+        ]
+
+    def _gather(self, part: Tensor) -> list[Tensor]:
+        """`part` of every worker on the first worker, nothing elsewhere."""
+        into = [torch.empty_like(part) for _ in range(self.size)] if self.captures else None
+        dist.gather(part.contiguous(), into)
+        return into or []

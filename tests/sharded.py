@@ -1,0 +1,78 @@
+"""Several runs of distill.generate in one launch, since starting the workers costs more than the runs.
+
+    torchrun --nproc_per_node 4 -m tests.sharded RUNS.json
+
+RUNS.json is a list of {"arguments": [...], "damage": 1.01}; the damage, if any, scales a weight of the last worker of
+each replica. Beside each store lies STORE.captured.RANK.pt: what was captured, in float32, before it was rounded.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distill.teacher
+from distill.config import GenerateConfig
+from distill.generate import generate
+from distill.log import Session
+from distill.parallel import Grid
+from distill.settings import load
+from distill.teacher import Teacher
+
+
+class Quiet(Session):
+    """A session that leaves logging and the console alone."""
+
+    def open(self, log_dir: str) -> None:
+        """Only make the folder."""
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+
+
+def record(found: dict[bytes, Any]) -> Any:
+    """Teacher.capture, which also puts what it captures into `found`, by the tokens of the batch."""
+    own = Teacher.capture
+
+    def capture(teacher: Teacher, samples: Any, *settings: Any) -> Any:
+        captured = own(teacher, samples, *settings)
+        if captured is not None:
+            found[b"|".join(sample.tobytes() for sample in samples)] = vars(captured)
+        return captured
+
+    return capture
+
+
+def damaged(factor: float) -> Any:
+    """teacher.load, after which one weight of a replica's last worker is scaled."""
+    own = distill.teacher.load
+
+    def load(*arguments: Any) -> Any:
+        model, share = own(*arguments)
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            weight = [weight for name, weight in model.named_parameters() if "down_proj" in name][-1]
+            weight.data.mul_(factor)
+        return model, share
+
+    return load
+
+
+def main(file: str) -> None:
+    """Do the runs of `file`, one after the other."""
+    grid = Grid.from_environment()
+    plain = distill.teacher.load, Teacher.capture
+    for number, run in enumerate(json.loads(Path(file).read_text())):
+        captured: dict[bytes, Any] = {}
+        Teacher.capture = record(captured)  # type: ignore[method-assign]
+        if "damage" in run:
+            distill.teacher.load = damaged(run["damage"])
+        config = load(GenerateConfig, run["arguments"])
+        generate(config, replace(grid, attempt=number), Quiet(grid.rank))
+        distill.teacher.load, Teacher.capture = plain  # type: ignore[method-assign]
+        if captured:
+            torch.save(captured, f"{config.store.path}.captured.{grid.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
