@@ -62,7 +62,7 @@ def test_auto_with_a_degree_and_a_mode_without_one() -> None:
     assert decide(ParallelConfig(mode="device_map"), LLAMA_70B, 80 * GIB, node(2), 8) == Placement("device_map", 4)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[ParallelConfig, dict[str, Any], int, int, str]] = {
     "degree": (
         ParallelConfig("tensor", 3),
         {},

@@ -1,8 +1,12 @@
 """Copies of the teacher on several workers say what one worker says: tensor and pipeline, alone and side by side."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import environment, save_model, tree
+from tests.kills import children
+from tests.support import command, environment, generate, save_model, tree
 
 LAYERS = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -108,3 +113,121 @@ def test_sharded_stores_agree_with_one_process(
             assert difference(expected, tmp_path / f"{name}.tensor") == "", name
     assert difference(tmp_path / "llama.data", tmp_path / "llama.tensor.damaged")
     assert difference(tmp_path / "qwen3.data", tmp_path / "qwen3.pipeline.damaged")
+
+
+def begin(folder: Path, workers: int, settings: list[str]) -> subprocess.Popen[bytes]:
+    """Start a run whose console goes to a file, and wait until something is committed."""
+    with (folder / "console").open("wb") as console:
+        launcher = subprocess.Popen(
+            command(workers, settings), cwd=folder, env=environment(), stdout=console, stderr=console
+        )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.zarr/commits/c/*")):
+        assert launcher.poll() is None, (folder / "console").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return launcher
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_killed_shard_is_named_and_another_mode_goes_on(
+    rank: int, folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Kill each worker of a 2x2 hybrid; resume with another mode and degree: nothing is lost, nothing done twice."""
+    settings = arguments(folders["llama"], texts(400), Path("x.zarr"), "store.block_rows=512")
+    modes = ["parallel.mode=pipeline", "parallel.mode=tensor"][:: -1 if rank % 2 else 1]
+    launcher = begin(tmp_path, 4, [*settings, modes[0], "parallel.shard_size=2"])
+    killed = time.monotonic()
+    os.kill(sorted(children(launcher.pid))[rank], signal.SIGKILL)
+    assert launcher.wait(timeout=60) == 1
+    assert time.monotonic() - killed < 20
+    console = (tmp_path / "console").read_text()
+    role = f"replica {rank // 2} of 2, shard rank {rank % 2} of 2"
+    assert f"worker {rank} ({role}) failed; the end of its log, {tmp_path}/logs/worker_{rank}.log:" in console
+    assert console.count("failed; the end of its log") == 1
+    assert "NO_OTHER_FAILURES" in console
+    log = (tmp_path / "logs" / f"worker_{rank}.log").read_text()
+    assert f"this worker is {role}" in log
+    assert ("stage" in log) == (modes[0] == "parallel.mode=pipeline")
+
+    ran = generate(tmp_path, *settings, modes[1], "parallel.shard_size=2", workers=2)
+    assert ran.returncode == 0, ran.stderr
+    attributes = json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())["attributes"]
+    assert attributes["complete"] is True
+    logs = "".join(log.read_text() for log in (tmp_path / "logs").glob("worker_*.log"))
+    done = sorted(int(block) for block in re.findall(r"block (\d+) is committed", logs))
+    assert done == sorted({*done}), "a block was written twice"
+    there = len(list((tmp_path / "x.zarr" / "commits" / "c").iterdir()))
+    assert there - len(done) in (0, 1, 2)  # one a replica may be committed, but not logged, when the run is killed
+
+
+def test_a_hang_ends_with_the_log_of_who_hangs(
+    folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
+) -> None:
+    settings = arguments(folders["llama"], texts(400), Path("x.zarr"), "parallel.mode=pipeline")
+    launcher = begin(tmp_path, 2, [*settings, "parallel.timeout_seconds=5"])
+    victim, stuck = sorted(children(launcher.pid))
+    os.kill(stuck, signal.SIGSTOP)
+    stopped = time.monotonic()
+    while Path(f"/proc/{victim}/stat").exists() and "Z" not in Path(f"/proc/{victim}/stat").read_text().split()[2]:
+        assert time.monotonic() - stopped < 60
+        time.sleep(0.1)
+    os.kill(stuck, signal.SIGCONT)  # so that it may be stopped, which torchrun would take 30 s to enforce
+    assert launcher.wait(timeout=60) == 1
+    console = (tmp_path / "console").read_text()
+    assert "worker 1 of replica 0 has not answered for 5 s (parallel.timeout_seconds)" in console
+    assert f"the end of its log, {tmp_path}/logs/worker_1.log:" in console
+    assert (tmp_path / "logs" / "worker_1.log").read_text().splitlines()[-1].strip() in console
+
+
+def test_bad_degrees_are_told_once(folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path) -> None:
+    cases = [
+        (3, "llama", ["parallel.mode=tensor", "parallel.shard_size=2"], "2, 1 left over"),
+        (2, "gpt2", ["parallel.mode=tensor"], "GPT2LMHeadModel has no plan for tensor parallelism"),
+        (2, "llama", ["parallel.mode=device_map", "parallel.shard_size=2"], "2 workers x 2 devices = 4, found 2"),
+    ]
+    for workers, model, more, message in cases:
+        ran = generate(tmp_path, *arguments(folders[model], texts(12), Path("x.zarr"), *more), workers=workers)
+        assert ran.stderr.count("error: ") == 1, ran.stderr
+        assert message in ran.stderr
+        assert "exitcode  : 2" in ran.stderr
+        assert "NO_OTHER_FAILURES" in ran.stderr
+        assert not (tmp_path / "x.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("llama", None), ("llama", "700KB"), ("gemma3", "500KB"), ("gpt2", "500KB")]
+)
+def test_device_map_with_offload_gives_the_same_bytes(
+    name: str, limit: str | None, folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
+) -> None:
+    more = ["parallel.mode=device_map"] + ([f"parallel.max_memory={limit}"] if limit else [])
+    for store, settings in (("data", []), ("device_map", more)):
+        ran = generate(tmp_path, *arguments(folders[name], texts(12), Path(f"{store}.zarr"), *settings))
+        assert ran.returncode == 0, ran.stderr
+        assert "slower" not in ran.stderr
+    assert ("parts are in memory or on disk, which is slow" in ran.stderr) == (limit is not None)
+    assert tree(tmp_path / "device_map.zarr") == tree(tmp_path / "data.zarr")
+    assert not list((tmp_path / "logs").glob("offload*"))
+
+
+def test_plan_prints_the_decision_and_stops(
+    folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
+) -> None:
+    settings = arguments(folders["llama"], texts(12), Path("x.zarr"), "parallel.mode=pipeline")
+    planned = subprocess.run(
+        [sys.executable, "-m", "distill.generate", "--plan", *settings],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    cores = len(os.sched_getaffinity(0))
+    found = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in planned.splitlines())
+    assert "GiB a device" in found["memory"]
+    assert found["parallel"].startswith("pipeline, ")
+    assert found["next"].startswith(f"torchrun --nproc_per_node {cores} -m distill.generate teacher.model=")
+    assert not (tmp_path / "x.zarr").exists()
+    ran = generate(tmp_path, *settings[:-1])
+    assert ran.returncode == 0, ran.stderr
+    attributes = json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())["attributes"]
+    assert found["samples"] == f"{attributes['num_samples']:,}"
+    assert found["tokens"] == f"{attributes['num_tokens']:,}"
+    assert found["blocks"].startswith(f"{len(list((tmp_path / 'x.zarr' / 'commits' / 'c').iterdir()))} of 256 rows, ")
