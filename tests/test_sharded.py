@@ -40,8 +40,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_model(kind, root / name, **changes) for name, (kind, changes) in MODELS.items()}
 
 
-def launch(folder: Path, workers: int, runs: list[dict[str, Any]]) -> None:
-    """Do the runs in one launch of so many workers. A time-out here is a deadlock of the workers."""
+def launch(folder: Path, workers: int, runs: list[dict[str, Any]]) -> str:
+    """Do the runs in one launch of so many workers, and return the console. A time-out here is a deadlock of theirs."""
     file = folder / f"runs of {workers}.json"
     file.write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(workers)]
@@ -51,15 +51,16 @@ def launch(folder: Path, workers: int, runs: list[dict[str, Any]]) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
+    return ran.stderr
 
 
 def arguments(model: Path, texts: Path, store: Path, *more: str) -> list[str]:
     settings = [f"teacher.model={model}", f"dataset.path={texts}", "dataset.max_length=64", "capture.k=12"]
-    settings += ["capture.temperatures=[1.0,2.5]", "batch.max_tokens=300", "store.block_rows=256"]
+    settings += ["capture.temperatures=[1.0,2.5]", "batch.max_tokens=400", "store.block_rows=256"]
     return [*settings, f"store.path={store}", "log_dir=logs", "teacher.dtype=float32", *more]
 
 
@@ -89,30 +90,32 @@ def difference(expected: Path, found: Path) -> str:
     return ""
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("workers", "degree"), [(2, 2), (4, 4), (4, 2)], ids=["2", "4", "2x2"])
+@pytest.mark.timeout(900)
 def test_sharded_stores_agree_with_one_process(
-    workers: int, degree: int, folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
+    folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    launch(tmp_path, 1, [{"arguments": arguments(folders[n], texts(12), tmp_path / f"{n}.data")} for n in MODELS])
-    runs: list[dict[str, Any]] = []
-    for name, mode in [(name, mode) for name in MODELS for mode in ("tensor", "pipeline")]:
-        if mode == "pipeline" or name not in NO_TENSOR_PLAN:
-            ways = [f"parallel.mode={mode}", f"parallel.shard_size={degree}"]
-            store = tmp_path / f"{name}.{mode}"
-            runs.append({"arguments": arguments(folders[name], texts(12), store, *ways)})
-    for mode, name in (("tensor", "llama"), ("pipeline", "qwen3")):  # the negative control
+    """Every architecture on four workers, as one copy of four and as two of two; some as one copy of two."""
+
+    def run(name: str, mode: str, degree: int, workers: int) -> dict[str, Any]:
+        store = tmp_path / f"{name}.{mode}{degree}of{workers}"
         ways = [f"parallel.mode={mode}", f"parallel.shard_size={degree}"]
-        store = tmp_path / f"{name}.{mode}.damaged"
-        runs.append({"arguments": arguments(folders[name], texts(12), store, *ways), "damage": 1.01})
-    launch(tmp_path, workers, runs)
-    for name in MODELS:
-        expected = tmp_path / f"{name}.data"
-        assert tree(tmp_path / f"{name}.pipeline") == tree(expected), name
-        if name not in NO_TENSOR_PLAN:
-            assert difference(expected, tmp_path / f"{name}.tensor") == "", name
-    assert difference(tmp_path / "llama.data", tmp_path / "llama.tensor.damaged")
-    assert difference(tmp_path / "qwen3.data", tmp_path / "qwen3.pipeline.damaged")
+        return {"arguments": arguments(folders[name], texts(6), store, *ways)}
+
+    modes = [(name, mode) for name in MODELS for mode in ("tensor", "pipeline")]
+    modes = [(name, mode) for name, mode in modes if mode == "pipeline" or name not in NO_TENSOR_PLAN]
+    launch(tmp_path, 1, [run(name, "data", 1, 1) for name in MODELS])
+    launch(tmp_path, 2, [run(name, mode, 2, 2) for name, mode in modes if name in ("llama", "gemma3", "gpt2")])
+    damaged = [{**run(name, mode, 4, 0), "damage": 1.01} for name, mode in (("llama", "tensor"), ("qwen3", "pipeline"))]
+    launch(tmp_path, 4, [*damaged, *(run(name, mode, degree, 4) for name, mode in modes for degree in (4, 2))])
+    for name, mode in modes:
+        expected = tmp_path / f"{name}.data1of1"
+        stores = [path for path in tmp_path.glob(f"{name}.{mode}?of[24]") if path.is_dir()]
+        assert len(stores) in (2, 3)
+        for store in stores:
+            assert difference(expected, store) == "", store.name
+            assert mode == "tensor" or tree(store) == tree(expected), store.name
+    assert difference(tmp_path / "llama.data1of1", tmp_path / "llama.tensor4of0")  # the negative control
+    assert difference(tmp_path / "qwen3.data1of1", tmp_path / "qwen3.pipeline4of0")
 
 
 def begin(folder: Path, workers: int, settings: list[str]) -> subprocess.Popen[bytes]:
@@ -122,35 +125,34 @@ def begin(folder: Path, workers: int, settings: list[str]) -> subprocess.Popen[b
             command(workers, settings), cwd=folder, env=environment(), stdout=console, stderr=console
         )
     deadline = time.monotonic() + 120
-    while not list(folder.glob("*.zarr/commits/c/*")):
+    before = len(list(folder.glob("*.zarr/commits/c/*")))
+    while len(list(folder.glob("*.zarr/commits/c/*"))) == before:
         assert launcher.poll() is None, (folder / "console").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return launcher
 
 
-@pytest.mark.parametrize("rank", range(4))
 def test_a_killed_shard_is_named_and_another_mode_goes_on(
-    rank: int, folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
+    folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """Kill each worker of a 2x2 hybrid; resume with another mode and degree: nothing is lost, nothing done twice."""
-    settings = arguments(folders["llama"], texts(400), Path("x.zarr"), "store.block_rows=512")
-    modes = ["parallel.mode=pipeline", "parallel.mode=tensor"][:: -1 if rank % 2 else 1]
-    launcher = begin(tmp_path, 4, [*settings, modes[0], "parallel.shard_size=2"])
-    killed = time.monotonic()
-    os.kill(sorted(children(launcher.pid))[rank], signal.SIGKILL)
-    assert launcher.wait(timeout=60) == 1
-    assert time.monotonic() - killed < 20
-    console = (tmp_path / "console").read_text()
-    role = f"replica {rank // 2} of 2, shard rank {rank % 2} of 2"
-    assert f"worker {rank} ({role}) failed; the end of its log, {tmp_path}/logs/worker_{rank}.log:" in console
-    assert console.count("failed; the end of its log") == 1
-    assert "NO_OTHER_FAILURES" in console
-    log = (tmp_path / "logs" / f"worker_{rank}.log").read_text()
-    assert f"this worker is {role}" in log
-    assert ("stage" in log) == (modes[0] == "parallel.mode=pipeline")
-
-    ran = generate(tmp_path, *settings, modes[1], "parallel.shard_size=2", workers=2)
+    """Kill workers of 2x2 hybrids; resume with another mode, then degree: nothing is lost, nothing done twice."""
+    settings = arguments(folders["llama"], texts(300), Path("x.zarr"))
+    for rank, mode in ((3, "pipeline"), (0, "tensor")):
+        launcher = begin(tmp_path, 4, [*settings, f"parallel.mode={mode}", "parallel.shard_size=2"])
+        killed = time.monotonic()
+        os.kill(sorted(children(launcher.pid))[rank], signal.SIGKILL)
+        assert launcher.wait(timeout=60) == 1
+        assert time.monotonic() - killed < 20
+        console = (tmp_path / "console").read_text()
+        role = f"replica {rank // 2} of 2, shard rank {rank % 2} of 2"
+        assert f"worker {rank} ({role}) failed; the end of its log, {tmp_path}/logs/worker_{rank}.log:" in console
+        assert console.count("failed; the end of its log") == 1
+        assert "NO_OTHER_FAILURES" in console
+        log = (tmp_path / "logs" / f"worker_{rank}.log").read_text()
+        assert f"this worker is {role}" in log
+        assert mode != "pipeline" or "stage 1 of 2: layers" in log
+    ran = generate(tmp_path, *settings, "parallel.mode=pipeline", workers=2)
     assert ran.returncode == 0, ran.stderr
     attributes = json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())["attributes"]
     assert attributes["complete"] is True
@@ -158,13 +160,13 @@ def test_a_killed_shard_is_named_and_another_mode_goes_on(
     done = sorted(int(block) for block in re.findall(r"block (\d+) is committed", logs))
     assert done == sorted({*done}), "a block was written twice"
     there = len(list((tmp_path / "x.zarr" / "commits" / "c").iterdir()))
-    assert there - len(done) in (0, 1, 2)  # one a replica may be committed, but not logged, when the run is killed
+    assert there - len(done) in range(5)  # one of each replica may be committed, but not logged, when a run is killed
 
 
 def test_a_hang_ends_with_the_log_of_who_hangs(
     folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    settings = arguments(folders["llama"], texts(400), Path("x.zarr"), "parallel.mode=pipeline")
+    settings = arguments(folders["llama"], texts(300), Path("x.zarr"), "parallel.mode=pipeline")
     launcher = begin(tmp_path, 2, [*settings, "parallel.timeout_seconds=5"])
     victim, stuck = sorted(children(launcher.pid))
     os.kill(stuck, signal.SIGSTOP)
@@ -177,44 +179,43 @@ def test_a_hang_ends_with_the_log_of_who_hangs(
     console = (tmp_path / "console").read_text()
     assert "worker 1 of replica 0 has not answered for 5 s (parallel.timeout_seconds)" in console
     assert f"the end of its log, {tmp_path}/logs/worker_1.log:" in console
-    assert (tmp_path / "logs" / "worker_1.log").read_text().splitlines()[-1].strip() in console
+    assert "rank 1 INFO distill.worker: block" in console
 
 
 def test_bad_degrees_are_told_once(folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path) -> None:
-    cases = [
-        (3, "llama", ["parallel.mode=tensor", "parallel.shard_size=2"], "2, 1 left over"),
-        (2, "gpt2", ["parallel.mode=tensor"], "GPT2LMHeadModel has no plan for tensor parallelism"),
-        (2, "llama", ["parallel.mode=device_map", "parallel.shard_size=2"], "2 workers x 2 devices = 4, found 2"),
-    ]
-    for workers, model, more, message in cases:
-        ran = generate(tmp_path, *arguments(folders[model], texts(12), Path("x.zarr"), *more), workers=workers)
-        assert ran.stderr.count("error: ") == 1, ran.stderr
-        assert message in ran.stderr
-        assert "exitcode  : 2" in ran.stderr
-        assert "NO_OTHER_FAILURES" in ran.stderr
-        assert not (tmp_path / "x.zarr").exists()
+    more = ["parallel.mode=tensor", "parallel.shard_size=2"]
+    ran = generate(tmp_path, *arguments(folders["llama"], texts(6), Path("x.zarr"), *more), workers=3)
+    assert ran.stderr.count("error: ") == 1, ran.stderr
+    assert "found 2: 1 replicas x 2 workers = 2, 1 left over" in ran.stderr
+    assert "exitcode  : 2" in ran.stderr
+    assert "NO_OTHER_FAILURES" in ran.stderr
+    assert not (tmp_path / "x.zarr").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "limit"), [("llama", None), ("llama", "700KB"), ("gemma3", "500KB"), ("gpt2", "500KB")]
-)
 def test_device_map_with_offload_gives_the_same_bytes(
-    name: str, limit: str | None, folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
+    folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    more = ["parallel.mode=device_map"] + ([f"parallel.max_memory={limit}"] if limit else [])
-    for store, settings in (("data", []), ("device_map", more)):
-        ran = generate(tmp_path, *arguments(folders[name], texts(12), Path(f"{store}.zarr"), *settings))
-        assert ran.returncode == 0, ran.stderr
-        assert "slower" not in ran.stderr
-    assert ("parts are in memory or on disk, which is slow" in ran.stderr) == (limit is not None)
-    assert tree(tmp_path / "device_map.zarr") == tree(tmp_path / "data.zarr")
+    cases: list[tuple[str, list[str]]] = [("whole", [])]
+    cases += [("spread", ["parallel.mode=device_map"])]
+    cases += [("offloaded", ["parallel.mode=device_map", "parallel.max_memory=500KB"])]
+    runs = [
+        {"arguments": arguments(folders[name], texts(6), tmp_path / f"{name}.{case}", *more)}
+        for name in ("llama", "gemma3", "gpt2", "mixtral")
+        for case, more in cases
+    ]
+    console = launch(tmp_path, 1, runs)
+    assert console.count("parts are in memory or on disk, which is slow") == 4
+    assert "slower" not in console
+    for name in ("llama", "gemma3", "gpt2", "mixtral"):
+        for case, _ in cases:
+            assert tree(tmp_path / f"{name}.{case}") == tree(tmp_path / f"{name}.whole"), (name, case)
     assert not list((tmp_path / "logs").glob("offload*"))
 
 
 def test_plan_prints_the_decision_and_stops(
     folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    settings = arguments(folders["llama"], texts(12), Path("x.zarr"), "parallel.mode=pipeline")
+    settings = arguments(folders["llama"], texts(6), Path("x.zarr"), "parallel.mode=pipeline")
     planned = subprocess.run(
         [sys.executable, "-m", "distill.generate", "--plan", *settings],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=True,

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from distill.sparse import Captured, conclude, reduce
 from distill.teacher.share import Share
@@ -233,5 +232,6 @@ def _resident(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
         with align_module_device(head):
             return head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()
-    local = [part.to_local() if isinstance(part, DTensor) else part for part in (head.weight, head.bias)]
+    # Asked by name: importing DTensor takes every worker a second.
+    local = [part.to_local() if hasattr(part, "to_local") else part for part in (head.weight, head.bias)]
     return local[0], local[1]
