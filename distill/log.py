@@ -29,6 +29,7 @@ from distill.errors import PeerError, UserError
 
 TAIL_LINES = 10
 _TAIL_BYTES = 1 << 14
+_PATIENCE_SECONDS = 3.0
 _LINE = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -44,11 +45,13 @@ class Session:
         self.rank = rank
         self.log: Path | None = None
         self.how_to_go_on = self.role = ""
+        self._over = False
         self._log_start = 0
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._bars: list[TokenBar | tqdm[NoReturn]] = []
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._stopped)
+        self._stop_even_if_blocked()
 
     def open(self, log_dir: str) -> None:
         """Send log records, warnings and, for workers 1+, everything printed, where they belong."""
@@ -114,6 +117,7 @@ class Session:
             self._say(self.report())
             return 1
         finally:  # a SIGTERM while the interpreter ends, which resets handlers but not this, is no failure
+            self._over = True
             for name in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(name, signal.SIG_IGN)
 
@@ -149,6 +153,21 @@ class Session:
         if self.rank == 0 and self.how_to_go_on:
             os.write(2, f"stopped by {signal.Signals(number).name}; {self.how_to_go_on}\n".encode())
         os._exit(0 if self._error_file and _a_sibling_is_gone() else 128 + number)
+
+    def _stop_even_if_blocked(self) -> None:
+        """See to it that a signal stops this worker while its main thread, which handles signals, waits for a GPU."""
+
+        def watch() -> None:
+            number = os.read(received, 1)[0]
+            time.sleep(_PATIENCE_SECONDS)
+            if not self._over:
+                self._stopped(number, None)
+
+        received, sent = os.pipe()
+        os.set_blocking(sent, False)
+        signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a reader's signals are not ours
+        threading.Thread(target=watch, daemon=True).start()
 
     def _close_bars(self) -> None:
         for bar in self._bars:

@@ -1,0 +1,38 @@
+"""How a worker stops."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support import environment
+
+BLOCKED = """
+import ctypes, sys
+from distill.log import Session
+Session(0)
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+libc.pthread_mutex_lock(mutex)
+print("blocked", flush=True)
+libc.pthread_mutex_lock(mutex)  # never returns, and no signal interrupts it
+"""
+WAITING = """
+import time
+from distill.log import Session
+Session(0).run(lambda: print("blocked", flush=True) or time.sleep(60))
+"""
+
+
+@pytest.mark.parametrize(("program", "most"), [(BLOCKED, 10), (WAITING, 2)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_worker_whatever_it_does(program: str, most: float, number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "blocked\n"
+    sent = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+    assert time.monotonic() - sent < most
+    process.stdout.close()
