@@ -174,7 +174,9 @@ def plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequen
         "tokens": f"{tokens:,}",
         "blocks": f"{layout.num_blocks:,} of {layout.block_rows:,} rows, {share} a replica",
         "store": f"about {human(size)}, {size / tokens:.0f} bytes/token",
-        "next": f"torchrun --nproc_per_node {grid.local_world_size} -m distill.generate {shlex.join(arguments)}",
+        "next": shlex.join(
+            ["torchrun", f"--nproc_per_node={grid.local_world_size}", "-m", "distill.generate", *arguments]
+        ),
     }
     print(table(lines))
 

@@ -162,3 +162,40 @@ def test_models_without_a_plan_and_quantised_checkpoints(tmp_path: Path) -> None
     quantised = Needs.of(replace(source_of(config), folder=tmp_path), torch.float16, 1024, GIB)
     assert quantised.quantization == "gptq"
     assert quantised.parameters == 1000
+
+
+def test_the_table_of_the_docs_is_what_auto_decides() -> None:
+    """docs/parallelism.md: which way for which teacher and node."""
+    sizes = {
+        "7B": (32000, 4096, 11008, 32, 32, 32),
+        "34B": (32000, 8192, 22016, 48, 64, 8),
+        "70B": (128256, 8192, 28672, 80, 64, 8),
+        "405B": (128256, 16384, 53248, 126, 128, 8),
+    }
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ]
+    page = (Path(__file__).parent.parent / "docs" / "parallelism.md").read_text()
+    rows = [
+        row.strip("| ").split(" | ") for row in page.splitlines() if row.startswith(tuple(f"| {s} |" for s in sizes))
+    ]
+    assert len(rows) == 9
+    for teacher, memory, *cells in rows:
+        values = dict(zip(names, sizes[teacher], strict=True))
+        config = transformers.LlamaConfig(**values, tie_word_embeddings=False)
+        needs = Needs.of(source_of(config), torch.bfloat16, 16384, GIB)
+        for free in (int(word) for word in memory.replace(",", "").split() if word.isdigit()):
+            for workers, cell in zip((1, 2, 4, 8), cells, strict=True):
+                try:
+                    found = decide(ParallelConfig(), needs, free * GIB, node(workers), workers)
+                except TeacherError:
+                    assert cell == "-", (teacher, free, workers)
+                    continue
+                way = {"data": "D", "tensor": f"T{found.shard_size}"}[found.mode]
+                copies = workers // found.shard_size
+                assert cell == way + f" x{copies}" * (copies > 1), (teacher, free, workers)

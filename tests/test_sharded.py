@@ -224,7 +224,7 @@ def test_plan_prints_the_decision_and_stops(
     found = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in planned.splitlines())
     assert "GiB a device" in found["memory"]
     assert found["parallel"].startswith("pipeline, ")
-    assert found["next"].startswith(f"torchrun --nproc_per_node {cores} -m distill.generate teacher.model=")
+    assert found["next"].startswith(f"torchrun --nproc_per_node={cores} -m distill.generate teacher.model=")
     assert not (tmp_path / "x.zarr").exists()
     ran = generate(tmp_path, *settings[:-1])
     assert ran.returncode == 0, ran.stderr

@@ -91,7 +91,7 @@ class Needs:
             parameters=sum(file.stat().st_size for file in source.weight_files)
             if quantization
             else sum(weight.numel() * dtype.itemsize for weight in model.parameters()),
-            activations=max_tokens * 3 * (wide + text.hidden_size) * dtype.itemsize + 3 * slice_bytes,
+            activations=max_tokens * 3 * (wide + text.hidden_size) * dtype.itemsize + 2 * slice_bytes,
             layers=len(found[1]) if found else 0,
             heads=(heads, _number(text, "num_key_value_heads", heads)),
             vocab_size=source.vocab_size,
