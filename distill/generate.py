@@ -29,6 +29,7 @@ from distill import __version__
 from distill.config import GenerateConfig
 from distill.errors import StoreError
 from distill.log import Session
+from distill.nodes import check_nodes
 from distill.parallel import Grid, refuse_other_launchers
 from distill.settings import help_text, load, to_yaml
 
@@ -69,6 +70,7 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             grid.world_size, f"s; workers 1 to {grid.world_size - 1} log to {config.log_dir}/worker_<rank>.log"
         )
         logger.info("distill %s, %d worker%s", __version__, grid.world_size, where)
+    check_nodes(grid, board, config, config.store.path)
 
     if grid.local_rank > 0:  # one worker of each node converts or downloads the teacher
         board.wait(f"teacher is on node {grid.node}")

@@ -30,6 +30,8 @@ from distill.errors import PeerError, UserError
 TAIL_LINES = 10
 _TAIL_BYTES = 1 << 14
 _PATIENCE_SECONDS = 3.0
+_UNITS = {"tok": "tokens", "step": "steps"}
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LINE = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -39,17 +41,20 @@ class Session:
     log:           the file of this worker, once opened
     how_to_go_on:  what to tell the user when the run is stopped before its end; set when there is something to say
     role:          what this worker is beside its rank, in words; set when there is something to say
+    graceful:      on a signal, only note it in `stopping`: the program leaves by itself, soon
+    stopping:      the signal that came, if one did
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.log: Path | None = None
         self.how_to_go_on = self.role = ""
-        self._over = False
+        self.graceful = self._over = False
+        self.stopping: int | None = None
         self._log_start = 0
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._bars: list[TokenBar | tqdm[NoReturn]] = []
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in _STOPS:
             signal.signal(name, self._stopped)
         self._stop_even_if_blocked()
 
@@ -112,13 +117,15 @@ class Session:
             self._say("\n".join([str(error), *(_end_of(self.log.with_name(f"worker_{r}.log")) for r in error.ranks)]))
             return 1
         except Exception:
+            if self.stopping and self._a_sibling_is_gone():  # which is why this one failed
+                self.leave(self.stopping)
             self._close_bars()
             logging.getLogger("distill").critical("this worker failed", exc_info=True, extra={"console": False})
             self._say(self.report())
             return 1
         finally:  # a SIGTERM while the interpreter ends, which resets handlers but not this, is no failure
             self._over = True
-            for name in (signal.SIGTERM, signal.SIGINT):
+            for name in _STOPS:
                 signal.signal(name, signal.SIG_IGN)
 
     def report(self) -> str:
@@ -147,12 +154,24 @@ class Session:
         partial.write_text(json.dumps({"message": {"message": text, "extraInfo": stack}}))
         partial.replace(self._error_file)
 
-    def _stopped(self, number: int, _frame: FrameType | None) -> NoReturn:
-        """SIGTERM, SIGINT: leave at once. What is committed stays; a block half written is written again."""
+    def leave(self, number: int = signal.SIGTERM) -> NoReturn:
+        """Stop, by the signal `number`. What is committed stays; a block half written is written again."""
+        if self.rank == 0:
+            for token_bar in (bar for bar in self._bars if isinstance(bar, TokenBar)):
+                with contextlib.suppress(RuntimeError):  # the workers' shared store may be gone
+                    token_bar.show()
         self._close_bars()
         if self.rank == 0 and self.how_to_go_on:
-            os.write(2, f"stopped by {signal.Signals(number).name}; {self.how_to_go_on}\n".encode())
-        os._exit(0 if self._error_file and _a_sibling_is_gone() else 128 + number)
+            bars = [bar.bar if isinstance(bar, TokenBar) else bar for bar in self._bars]
+            at = "".join(f" at {bar.n:,} of {bar.total:,} {_UNITS[bar.unit]}" for bar in bars)
+            os.write(2, f"stopped by {signal.Signals(number).name}{at}; {self.how_to_go_on}\n".encode())
+        os._exit(0 if self._a_sibling_is_gone() else 128 + number)
+
+    def _stopped(self, number: int, _frame: FrameType | None) -> None:
+        if self.graceful and not self._a_sibling_is_gone():  # else nobody is left to wait for
+            self.stopping = self.stopping or number
+        else:
+            self.leave(number)
 
     def _stop_even_if_blocked(self) -> None:
         """See to it that a signal stops this worker while its main thread, which handles signals, waits for a GPU."""
@@ -160,7 +179,7 @@ class Session:
         def watch() -> None:
             number = os.read(received, 1)[0]
             time.sleep(_PATIENCE_SECONDS)
-            if not self._over:
+            if not self._over and not self.stopping:
                 self._stopped(number, None)
 
         received, sent = os.pipe()
@@ -168,6 +187,15 @@ class Session:
         signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a reader's signals are not ours
         threading.Thread(target=watch, daemon=True).start()
+
+    def _a_sibling_is_gone(self) -> bool:
+        """Whether torchrun stops this worker because of another's failure, rather than somebody this worker alone."""
+        parent = os.getppid()
+        try:
+            siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        except OSError:
+            return False
+        return self._error_file is not None and len(siblings) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def _close_bars(self) -> None:
         for bar in self._bars:
@@ -185,21 +213,11 @@ def _end_of(log: Path, start: int = 0) -> str:
     return "\n".join([f"the end of its log, {log.absolute()}:", *(f"  {line}" for line in tail or ["(empty)"])])
 
 
-def _a_sibling_is_gone() -> bool:
-    """Whether torchrun stops this worker because of another's failure, rather than somebody this worker alone."""
-    parent = os.getppid()
-    try:
-        siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    except OSError:
-        return False
-    return len(siblings) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 class TokenBar:
     """Tokens of all workers together, polled twice a second from `read`, which returns (tokens, postfix)."""
 
     def __init__(self, total: int, initial: int, read: Callable[[], tuple[int, str]], visible: bool) -> None:
-        self._bar = _tqdm(total, initial, "teacher", "tok", visible, unit_scale=True)
+        self.bar = _tqdm(total, initial, "teacher", "tok", visible, unit_scale=True)
         self._initial, self._read = initial, read
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -209,23 +227,24 @@ class TokenBar:
     def _poll(self) -> None:
         with contextlib.suppress(RuntimeError):  # torchrun and its store are gone: the run is ending
             while not self._closed.wait(0.5):
-                self._show()
+                self.show()
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Show the latest figures."""
         tokens, postfix = self._read()
-        self._bar.set_postfix_str(postfix, refresh=False)
-        self._bar.update(self._initial + tokens - self._bar.n)
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.update(self._initial + tokens - self.bar.n)
 
     def finish(self) -> None:
         """Show the last figures and close."""
-        if not self._bar.disable:
-            self._show()
+        if not self.bar.disable:
+            self.show()
         self.close()
 
     def close(self) -> None:
         """Close, leaving what is shown. May be called twice."""
         self._closed.set()
-        self._bar.close()
+        self.bar.close()
 
 
 def _tqdm(total: int, initial: int, name: str, unit: str, visible: bool, unit_scale: bool = False) -> "tqdm[NoReturn]":

@@ -61,6 +61,17 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def flat(config: Any) -> dict[str, str]:
+    """Every key of a configuration and its value, as text."""
+    found = {}
+    for name, _ in _leaves(type(config)):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        found[name] = str(value)
+    return found
+
+
 def help_text(kind: type, command: str) -> str:
     """What --help prints: usage, then every key with its default and one line of meaning."""
     lines = [

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from distill.config import StudentConfig, TeacherConfig
 from distill.errors import ConfigError, TeacherError, first_line
 from distill.loss import DistillationLoss
+from distill.teacher.pipeline import decoder_layers
 from distill.teacher.source import Source, locate
 
 logger = logging.getLogger(__name__)
@@ -85,15 +86,15 @@ def _with_layers(settings: Any, kept: Sequence[int]) -> Any:
 
 def shortened(model: Any, kept: Sequence[int]) -> Any:
     """A copy of `model` with its layers `kept` only, in that order; all other weights are the same."""
-    number = int(model.config.get_text_config().num_hidden_layers)
-    prefixes = [n for n, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == number]
-    if len(prefixes) != 1:
+    found = decoder_layers(model)
+    if found is None:
         raise ConfigError(f"student.layers: cannot tell which of {type(model).__name__}'s parts are its layers")
+    prefix = found[0]
     weights: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
-        if name.startswith(f"{prefixes[0]}."):
-            old, _, rest = name.removeprefix(f"{prefixes[0]}.").partition(".")
-            weights |= {f"{prefixes[0]}.{new}.{rest}": weight for new, i in enumerate(kept) if i == int(old)}
+        if name.startswith(f"{prefix}."):
+            old, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+            weights |= {f"{prefix}.{new}.{rest}": weight for new, i in enumerate(kept) if i == int(old)}
         else:
             weights[name] = weight
     short = type(model)(_with_layers(model.config, kept))

@@ -15,6 +15,7 @@ The same command again goes on from the newest checkpoint, with the losses that 
 
 import logging
 import math
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from distill.config import TrainConfig
 from distill.errors import ConfigError, StoreError
 from distill.fingerprint import differences
 from distill.log import Session
+from distill.nodes import check_nodes
 from distill.parallel import Grid, gradients_summed, refuse_other_launchers, wrap
 from distill.settings import help_text, load, to_yaml
 
@@ -63,6 +65,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     loss = DistillationLoss(**asdict(config.loss))
     device = pick_device("device", config.device, grid.local_rank, grid.local_world_size)
     session.open(config.log_dir)
+    check_nodes(grid, grid.board(), config, config.output)
     cache = TeacherCache(config.store.path, config.store.options)
     teacher = cache.attributes["teacher"]
     source = student.find(config.student, teacher["model"], teacher["revision"])
@@ -123,6 +126,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
             metrics.add({"step": step, "held_out": found})
 
         bar = session.step_bar(total_steps, step, "student")
+        session.graceful = True
         if step == 0 and len(held_out):
             measure(0)
         stream = micro_batches_from(batches, config, step, steps_per_epoch, device)
@@ -141,10 +145,15 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
             bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
             bar.update()
             last = step == total_steps
+            stopping = summed(float(session.stopping is not None), device) > 0  # a signal may reach one worker only
             if len(held_out) and (last or step % config.evaluation.every == 0):
                 measure(step)
-            if last or step % config.checkpoint_every == 0:
+            if last or stopping or step % config.checkpoint_every == 0:
                 checkpoint.save(output / "checkpoints", step, settings, module, optimizer, scheduler)
+            if stopping and not last:
+                session.how_to_go_on = f"a checkpoint of step {step} is there, and the same command goes on from it"
+                session.leave(session.stopping or signal.SIGTERM)
+        session.graceful = False
         bar.close()
         student.save(module, model, source.tokenizer, output)
         if grid.rank == 0:

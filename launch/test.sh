@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n 2 "$@"  # most of the time is spent waiting for processes that start
+python -m pytest -n 2 --dist worksteal "$@"  # most of the time is spent waiting for processes that start

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 4 -m tests.sharded RUNS.json
 
 RUNS.json is a list of {"arguments": [...], "damage": 1.01}; the damage, if any, scales a weight of the last worker of
-each replica. Beside each store lies STORE.captured.RANK.pt: what was captured, in float32, before it was rounded.
+each replica. Beside each store lie STORE.captured.RANK.pt, what was captured, in float32, before it was rounded, and
+STORE.loaded.RANK.json, how many numbers of each weight the worker loaded.
 """
 
 import json
@@ -44,13 +45,15 @@ def record(found: dict[bytes, Any]) -> Any:
     return capture
 
 
-def damaged(factor: float) -> Any:
-    """teacher.load, after which one weight of a replica's last worker is scaled."""
+def watched(factor: float | None, loaded: dict[str, int]) -> Any:
+    """teacher.load, which also notes what was loaded, and scales one weight of a replica's last worker."""
     own = distill.teacher.load
 
     def load(*arguments: Any) -> Any:
         model, share = own(*arguments)
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        for name, weight in model.named_parameters():
+            loaded[name] = (weight.to_local() if hasattr(weight, "to_local") else weight).numel()
+        if factor and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             weight = [weight for name, weight in model.named_parameters() if "down_proj" in name][-1]
             weight.data.mul_(factor)
         return model, share
@@ -64,12 +67,13 @@ def main(file: str) -> None:
     plain = distill.teacher.load, Teacher.capture
     for number, run in enumerate(json.loads(Path(file).read_text())):
         captured: dict[bytes, Any] = {}
+        loaded: dict[str, int] = {}
         Teacher.capture = record(captured)  # type: ignore[method-assign]
-        if "damage" in run:
-            distill.teacher.load = damaged(run["damage"])
+        distill.teacher.load = watched(run.get("damage"), loaded)
         config = load(GenerateConfig, run["arguments"])
         generate(config, replace(grid, attempt=number), Quiet(grid.rank))
         distill.teacher.load, Teacher.capture = plain  # type: ignore[method-assign]
+        Path(f"{config.store.path}.loaded.{grid.rank}.json").write_text(json.dumps(loaded))
         if captured:
             torch.save(captured, f"{config.store.path}.captured.{grid.rank}.pt")
 

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "sparse": {"errors"},
     "store": {"errors"},
     "parallel": {"errors"},
+    "nodes": {"errors", "parallel", "settings"},
     "schema": {"store"},
     "chat": {"errors"},
     "data": {"errors", "config", "fingerprint", "chat"},
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "generate": {
         "errors",
         "log",
+        "nodes",
         "config",
         "settings",
         "device",
@@ -46,6 +48,7 @@ MAY_IMPORT = {
     "train": {
         "errors",
         "log",
+        "nodes",
         "config",
         "settings",
         "device",

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.kills import children
-from tests.support import command, environment, generate, save_model, tree
+from tests.support import build_model, command, environment, generate, save_model, tree
 
 LAYERS = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,7 +37,11 @@ NO_TENSOR_PLAN = {"gpt2"}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models whose heads four divides and whose layers make four stages."""
     root = tmp_path_factory.mktemp("sharded")
-    return {name: save_model(kind, root / name, **changes) for name, (kind, changes) in MODELS.items()}
+    made = {name: save_model(kind, root / name, **changes) for name, (kind, changes) in MODELS.items()}
+    (made["qwen3"] / "model.safetensors").unlink()  # a checkpoint in many files instead
+    build_model("qwen3", **LAYERS).save_pretrained(made["qwen3"], max_shard_size="100KB")
+    assert len(list(made["qwen3"].glob("*.safetensors"))) > 3
+    return made
 
 
 def launch(folder: Path, workers: int, runs: list[dict[str, Any]]) -> str:
@@ -90,6 +94,23 @@ def difference(expected: Path, found: Path) -> str:
     return ""
 
 
+def check_shares(whole: Path, store: Path, mode: str) -> None:
+    """Four workers together loaded every weight, and each about a quarter, the largest indivisible part aside."""
+    everything = json.loads(Path(f"{whole}.loaded.0.json").read_text())
+    shares = [json.loads(Path(f"{store}.loaded.{rank}.json").read_text()) for rank in range(4)]
+    assert {name for share in shares for name in share} == {*everything}
+    total, most = sum(everything.values()), max(sum(share.values()) for share in shares)
+    if mode == "tensor":
+        assert most < 0.3 * total
+    else:
+        layers: dict[str, int] = {}
+        for name, count in everything.items():
+            part = re.sub(r"(\.\d+\.).*", r"\1", name)
+            layers[part] = layers.get(part, 0) + count
+        assert most < total / 4 + 1.5 * max(layers.values())
+        assert sum(sum(share.values()) for share in shares) < 1.5 * total  # a tied embedding is in two stages
+
+
 @pytest.mark.timeout(900)
 def test_sharded_stores_agree_with_one_process(
     folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
@@ -111,6 +132,7 @@ def test_sharded_stores_agree_with_one_process(
         expected = tmp_path / f"{name}.data1of1"
         stores = [path for path in tmp_path.glob(f"{name}.{mode}?of[24]") if path.is_dir()]
         assert len(stores) in (2, 3)
+        check_shares(expected, tmp_path / f"{name}.{mode}4of4", mode)
         for store in stores:
             assert difference(expected, store) == "", store.name
             assert mode == "tensor" or tree(store) == tree(expected), store.name

@@ -75,16 +75,34 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
     assert whole.returncode == 0, whole.stderr
     assert "KL to teacher" in whole.stderr
 
-    launcher = subprocess.Popen(
-        command(2, [*arguments, "output=killed"]), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoints" / "step_10").is_dir():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    def begin(until: int) -> subprocess.Popen[str]:
+        launcher = subprocess.Popen(
+            command(2, [*arguments, "output=killed"]),
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 120
+        saved = tmp_path / "killed" / "checkpoints"
+        while not any((saved / f"step_{step}").is_dir() for step in range(until, 25)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return launcher
+
+    launcher = begin(5)
+    for _ in range(2):  # as SLURM does
+        launcher.send_signal(signal.SIGTERM)
+    _, console = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    told = re.search(r"stopped by SIGTERM at (\d+) of 24 steps; a checkpoint of step \1 is there, and", console)
+    assert told is not None, console
+    assert (tmp_path / "killed" / "checkpoints" / f"step_{told[1]}").is_dir()
+
+    launcher = begin(10)
     for process in [*children(launcher.pid), launcher.pid]:
         os.kill(process, signal.SIGKILL)
-    launcher.wait()
+    launcher.communicate()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     resumed = train(tmp_path, 2, *arguments, "output=killed")
     assert resumed.returncode == 0, resumed.stderr
