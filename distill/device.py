@@ -47,9 +47,9 @@ def first_device(device: torch.device, local_rank: int, each: int) -> torch.devi
     return device
 
 
-def count_devices(device: torch.device, local_world_size: int) -> int:
-    """Devices of this node that its workers may use: its GPUs, or a share of the CPU for each worker."""
-    return torch.cuda.device_count() if device.type == "cuda" else local_world_size
+def count_devices(wanted: str, device: torch.device, local_world_size: int) -> int:
+    """Devices of this node that its workers may use: its GPUs, the one that is wanted, or a part of the CPU each."""
+    return torch.cuda.device_count() if device.type == "cuda" and ":" not in wanted else local_world_size
 
 
 def free_bytes(device: torch.device, local_world_size: int) -> int:

@@ -85,7 +85,9 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     if grid.rank == 0:
         prepare.check_settings(config, source)
         free = min(int(board.wait(f"free memory of {rank}")) for rank in range(grid.world_size))
-        placement = teacher.decide(config.parallel, needs, free, grid, count_devices(device, grid.local_world_size))
+        placement = teacher.decide(
+            config.parallel, needs, free, grid, count_devices(config.teacher.device, device, grid.local_world_size)
+        )
         fingerprint = prepare.fingerprint_of(config, source, dtype_name)
         store = prepare.find_store(config, fingerprint)
         board.note("store", "complete" if store and store.complete else "to do")
@@ -152,7 +154,7 @@ def plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequen
     session.open(config.log_dir)
     if not grid.launched:
         each = config.parallel.shard_size if config.parallel.mode == "device_map" else 1
-        devices = count_devices(device, len(os.sched_getaffinity(0)))
+        devices = count_devices(config.teacher.device, device, len(os.sched_getaffinity(0)))
         workers = max(1, devices // each) if isinstance(each, int) else 1
         grid = Grid(world_size=workers, local_world_size=workers)
     source = teacher.locate(config.teacher)
@@ -160,7 +162,9 @@ def plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequen
     needs = teacher.Needs.of(source, dtype, config.batch.max_tokens, teacher.slice_bytes(device))
     prepare.check_settings(config, source)
     free = free_bytes(device, grid.local_world_size)
-    placement = teacher.decide(config.parallel, needs, free, grid, count_devices(device, grid.local_world_size))
+    placement = teacher.decide(
+        config.parallel, needs, free, grid, count_devices(config.teacher.device, device, grid.local_world_size)
+    )
     grid = grid.sharded(placement.workers)
     _, _, layout = prepare.lay_out(config, source)
     tokens = int(layout.lengths.sum(dtype=np.int64))

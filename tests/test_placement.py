@@ -151,6 +151,18 @@ def test_needs_of_a_70b_model() -> None:
     assert str(needs.refusal("tensor", 16)).startswith("expected key-value heads that 16 divides, found 8; pipeline")
 
 
+def test_a_model_that_cannot_be_built_without_weights_is_not_cut(tmp_path: Path) -> None:
+    """As with code that comes with a model: transformers' own classes do not know this configuration."""
+    text = SimpleNamespace(vocab_size=1000, hidden_size=64, num_attention_heads=4)
+    config = SimpleNamespace(architectures=["OddForCausalLM"], get_text_config=lambda: text, vocab_size=1000)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    needs = Needs.of(replace(source_of(config), folder=tmp_path), torch.float32, 1024, GIB)
+    assert needs.parameters == 1000
+    assert decide(ParallelConfig(), needs, 80 * GIB, node(2), 2) == Placement()
+    assert "not plain which parts of OddForCausalLM" in str(needs.refusal("pipeline", 2))
+    assert "no plan" in str(needs.refusal("tensor", 2))
+
+
 def test_models_without_a_plan_and_quantised_checkpoints(tmp_path: Path) -> None:
     gpt2 = Needs.of(source_of(transformers.GPT2Config(n_layer=2)), torch.float32, 1024, GIB)
     assert gpt2.tensor_plan == {}

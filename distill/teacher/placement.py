@@ -4,13 +4,14 @@ A copy on S devices needs of each about P * 1.1 / S for P bytes of parameters, a
 counted whole, since every device holds all hidden states. That should fit into 0.9 of what is free.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from distill.config import ParallelConfig
-from distill.errors import ConfigError, TeacherError, first_line
+from distill.errors import ConfigError, TeacherError
 from distill.parallel import Grid
 from distill.teacher.pipeline import decoder_layers
 from distill.teacher.source import Source
@@ -68,34 +69,33 @@ class Needs:
         """Look at an instance without weights. slice_bytes: of the logits that are held at a time."""
         from transformers import AutoModelForCausalLM
 
-        text = source.text_config
-        try:
+        text, model, found = source.text_config, None, None
+        with contextlib.suppress(Exception):  # code that comes with a model may want its weights; then it is not cut
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     source.model_config, dtype=dtype, trust_remote_code=source.config.trust_remote_code
                 )
-        except Exception as error:
-            raise TeacherError(f"teacher.model: cannot build {source.folder}: {first_line(error)}") from error
+            found = decoder_layers(model)
         quantization = getattr(source.model_config, "quantization_config", None)
         if quantization is not None and not isinstance(quantization, dict):
             quantization = quantization.to_dict()
+        hidden = _number(text, "hidden_size", 4096)
         wide = max(
-            _number(text, "intermediate_size", 4 * text.hidden_size),
+            _number(text, "intermediate_size", 4 * hidden),
             _number(text, "num_experts_per_tok", 0)
             * _number(text, "moe_intermediate_size", _number(text, "intermediate_size", 0)),
         )
         heads = _number(text, "num_attention_heads", 1)
-        found = decoder_layers(model)
         return cls(
-            architecture=type(model).__name__,
+            architecture=(source.model_config.architectures or [type(model).__name__])[0],
             parameters=sum(file.stat().st_size for file in source.weight_files)
-            if quantization
+            if quantization or model is None
             else sum(weight.numel() * dtype.itemsize for weight in model.parameters()),
-            activations=max_tokens * 3 * (wide + text.hidden_size) * dtype.itemsize + 2 * slice_bytes,
+            activations=max_tokens * 3 * (wide + hidden) * dtype.itemsize + 2 * slice_bytes,
             layers=len(found[1]) if found else 0,
             heads=(heads, _number(text, "num_key_value_heads", heads)),
             vocab_size=source.vocab_size,
-            tensor_plan=_tensor_plan(model),
+            tensor_plan=_tensor_plan(model) if model is not None else {},
             model_class=type(model),
             quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
         )
@@ -140,8 +140,10 @@ def decide(config: ParallelConfig, needs: Needs, free: int, grid: Grid, devices:
     for placement in possible:
         if needs.per_device(placement.shard_size) <= _USABLE * free:
             return placement
-    hint = "a smaller batch.max_tokens, more devices, or parallel.mode=device_map, which offloads to memory and disk"
-    raise TeacherError(f"teacher.model does not fit: {arithmetic(needs, free, possible[-1])}; try {hint}")
+    raise TeacherError(
+        f"teacher.model does not fit: {arithmetic(needs, free, possible[-1])}; try a smaller batch.max_tokens, more "
+        "devices, parallel.mode=device_map, which offloads, or another mode by name, if you know that it fits"
+    )
 
 
 def arithmetic(needs: Needs, free: int, placement: Placement) -> str:
