@@ -202,6 +202,12 @@ class Session:
             bar.close()
 
 
+def leave_signals_to_parent(_reader: int) -> None:
+    """For a DataLoader's processes: SLURM and torchrun signal them too, but it is their parent that acts."""
+    for name in _STOPS:
+        signal.signal(name, signal.SIG_IGN)
+
+
 def _end_of(log: Path, start: int = 0) -> str:
     """Where a log is, and its last lines from the byte `start` on."""
     try:

@@ -26,7 +26,7 @@ from distill import __version__
 from distill.config import TrainConfig
 from distill.errors import ConfigError, StoreError
 from distill.fingerprint import differences
-from distill.log import Session
+from distill.log import Session, leave_signals_to_parent
 from distill.nodes import check_nodes
 from distill.parallel import Grid, gradients_summed, refuse_other_launchers, wrap
 from distill.settings import help_text, load, to_yaml
@@ -224,6 +224,7 @@ def micro_batches_from(
         batches,
         batch_size=None,
         num_workers=readers,
+        worker_init_fn=leave_signals_to_parent,
         persistent_workers=readers > 0,
         pin_memory=device.type == "cuda",
         multiprocessing_context=start_method if readers else None,

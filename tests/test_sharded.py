@@ -108,7 +108,8 @@ def check_shares(whole: Path, store: Path, mode: str) -> None:
             part = re.sub(r"(\.\d+\.).*", r"\1", name)
             layers[part] = layers.get(part, 0) + count
         assert most < total / 4 + 1.5 * max(layers.values())
-        assert sum(sum(share.values()) for share in shares) < 1.5 * total  # a tied embedding is in two stages
+        # A tied embedding is in two stages.
+        assert sum(sum(share.values()) for share in shares) <= total + max(layers.values())
 
 
 @pytest.mark.timeout(900)

@@ -60,6 +60,7 @@ class Cluster:
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, state
             if state == "PENDING":
+                time.sleep(2)  # a job queued again in the second in which it was killed counts as killed
                 subprocess.run(
                     ["scontrol", "update", f"JobId={job}", "StartTime=now"],
                     env=self.environment, capture_output=True, check=False,
