@@ -82,7 +82,6 @@ class ParallelConfig:
     )
     shard_size: int | str = key("auto", "workers (device_map: devices) of one copy; auto = the fewest that hold it")
     max_memory: str | None = key(None, "device_map: the most weights on a device, e.g. 70GiB; the rest is offloaded")
-    timeout_seconds: int = key(600, "longest that the workers of one copy wait for each other")
 
     def __post_init__(self) -> None:
         size = self.shard_size
@@ -95,7 +94,6 @@ class ParallelConfig:
             )
         if self.max_memory is not None and self.mode != "device_map":
             raise ConfigError(f"parallel.max_memory: expected parallel.mode=device_map with it, found {self.mode}")
-        at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,11 @@ class GenerateConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    timeout_seconds: int = key(600, "how long a worker may make no progress, before that ends the run")
     log_dir: str = key("logs", "folder of the workers' logs")
+
+    def __post_init__(self) -> None:
+        at_least("timeout_seconds", self.timeout_seconds, 1)
 
 
 @dataclass(frozen=True)
@@ -240,8 +242,10 @@ class TrainConfig:
     seed: int = key(0, "of shuffling, of random weights and of dropout")
     checkpoint_every: int = key(100, "steps between two checkpoints")
     output: str = key("outputs/student", "folder of the student, its checkpoints and its metrics")
+    timeout_seconds: int = key(600, "how long a worker may make no progress, before that ends the run")
     log_dir: str = key("logs", "folder of the workers' logs")
 
     def __post_init__(self) -> None:
         at_least("seed", self.seed, 0)
         at_least("checkpoint_every", self.checkpoint_every, 1)
+        at_least("timeout_seconds", self.timeout_seconds, 1)

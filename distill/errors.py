@@ -7,7 +7,7 @@ DistillError
 │   ├── TeacherError   the model, its tokenizer or its device
 │   └── StoreError     the store: not one, another run's, damaged, unwritable
 ├── NumericalError     the teacher produced NaN or infinite logits: exit status 1
-└── PeerError          another worker of the same replica hangs: exit status 1
+└── PeerError          other workers hang or are gone: exit status 1
 
 A message says what was expected, what was found, and where (key, file, sample, block).
 """
@@ -42,7 +42,7 @@ class NumericalError(DistillError, ArithmeticError):
 
 
 class PeerError(DistillError, RuntimeError):
-    """Workers of the same replica have not answered for too long. ranks: theirs."""
+    """Other workers hang or are gone. ranks: theirs."""
 
     def __init__(self, message: str, ranks: list[int]) -> None:
         super().__init__(message)

@@ -20,6 +20,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,15 +60,19 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     from distill.device import count_devices, first_device, free_bytes, pick_device
     from distill.report import summary
     from distill.store import Store
+    from distill.watch import Watch
     from distill.worker import Totals, Worker
 
     refuse_other_launchers()
     device = pick_device("teacher.device", config.teacher.device, grid.local_rank, grid.local_world_size)
-    session.open(config.log_dir)
+    session.open(config.log_dir, grid.log_name)
     board = grid.board()
     if grid.rank == 0:
-        where = {1: "", 2: f"s; worker 1 logs to {config.log_dir}/worker_1.log"}.get(
-            grid.world_size, f"s; workers 1 to {grid.world_size - 1} log to {config.log_dir}/worker_<rank>.log"
+        others = Path(config.log_dir) / grid.log_name.replace("_0", "_<rank>", 1).replace(
+            socket.gethostname(), "<host>"
+        )
+        where = {1: "", 2: f"s; worker 1 logs to {str(others).replace('<rank>', '1')}"}.get(
+            grid.world_size, f"s; workers 1 to {grid.world_size - 1} log to {others}"
         )
         logger.info("distill %s, %d worker%s", __version__, grid.world_size, where)
     check_nodes(grid, board, config, config.store.path)
@@ -120,21 +125,25 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     if grid.role:
         logger.info("this worker is %s", grid.role, extra={"console": False})
     offloaded = Path(config.log_dir) / f"offload_{grid.rank}"
-    with grid.replica_group(device, config.parallel.timeout_seconds):
-        model, share = teacher.load(source, device, dtype, placement, needs, config.parallel.max_memory, offloaded)
-        board.meet(f"replica {grid.replica} has loaded", grid.shard_size)  # however long that takes: no collective yet
-        worker = Worker(config, store, teacher.Teacher(model, device, share), board, missing, grid.deal(missing))
-        session.how_to_go_on = "what is committed stays, and the same command goes on from there"
-        bar = session.bar(worker.total_tokens, worker.done_tokens, worker.progress)
-        worker.work()
-    shutil.rmtree(offloaded, ignore_errors=True)
-    board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
-
-    if grid.rank == 0:
-        totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
-        bar.finish()
-        finish(store)
-        logger.info(summary(store, totals, config))
+    with Watch(board, grid, config.timeout_seconds, session.abort) as watch:
+        with grid.replica_group(device, config.timeout_seconds):
+            model, share = teacher.load(source, device, dtype, placement, needs, config.parallel.max_memory, offloaded)
+            board.meet(f"replica {grid.replica} has loaded", grid.shard_size)  # however long: no collective yet
+            watch.follow(model)
+            worker = Worker(
+                config, store, teacher.Teacher(model, device, share), board, watch, missing, grid.deal(missing)
+            )
+            session.how_to_go_on = "what is committed stays, and the same command goes on from there"
+            bar = session.bar(worker.total_tokens, worker.done_tokens, worker.progress)
+            worker.work()
+        watch.rest()
+        shutil.rmtree(offloaded, ignore_errors=True)
+        board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
+        if grid.rank == 0:
+            totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
+            bar.finish()
+            finish(store)
+            logger.info(summary(store, totals, config))
 
 
 def plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequence[str]) -> None:
@@ -151,7 +160,7 @@ def plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequen
     if grid.rank > 0:
         return
     device = pick_device("teacher.device", config.teacher.device, 0, 1)
-    session.open(config.log_dir)
+    session.open(config.log_dir, grid.log_name)
     if not grid.launched:
         each = config.parallel.shard_size if config.parallel.mode == "device_map" else 1
         devices = count_devices(config.teacher.device, device, len(os.sched_getaffinity(0)))

@@ -1,7 +1,7 @@
 """Rank-aware logging, progress and failure reports.
 
-Worker 0 owns the console: plain lines that do not tear the progress bar. Every worker writes
-``<log_dir>/worker_<rank>.log``; workers 1+ write nothing else, their stdout and stderr end there too.
+Worker 0 owns the console: plain lines that do not tear the progress bar. Every worker writes a log of its own in
+``log_dir``, ``worker_<rank>.log``; workers 1+ write nothing else, their stdout and stderr end there too.
 
 When a worker dies, the console ends with its rank, its log's path and the last lines of that log, once. torchrun
 reads what a failed worker left in TORCHELASTIC_ERROR_FILE and prints it last. So each worker keeps that file up to
@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -58,11 +59,11 @@ class Session:
             signal.signal(name, self._stopped)
         self._stop_even_if_blocked()
 
-    def open(self, log_dir: str) -> None:
-        """Send log records, warnings and, for workers 1+, everything printed, where they belong."""
+    def open(self, log_dir: str, name: str) -> None:
+        """Send log records, warnings and, for workers 1+, everything printed, to the file `name` in `log_dir`."""
         from transformers.utils import logging as transformers_logging  # takes a second
 
-        self.log = Path(log_dir) / f"worker_{self.rank}.log"
+        self.log = Path(log_dir) / name
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             file = _ReportingHandler(self, self.log)
@@ -110,11 +111,10 @@ class Session:
             self._close_bars()
             self._say(f"error: {error}")
             return 2
-        except PeerError as error:  # their logs are what explains it
-            self._close_bars()
-            logging.getLogger("distill").critical("%s", error, extra={"console": False})
-            assert self.log is not None
-            self._say("\n".join([str(error), *(_end_of(self.log.with_name(f"worker_{r}.log")) for r in error.ranks)]))
+        except PeerError as error:
+            if self.stopping:  # so are they
+                self.leave(self.stopping)
+            self._blame(error)
             return 1
         except Exception:
             if self.stopping and self._a_sibling_is_gone():  # which is why this one failed
@@ -127,6 +127,20 @@ class Session:
             self._over = True
             for name in _STOPS:
                 signal.signal(name, signal.SIG_IGN)
+
+    def abort(self, error: PeerError) -> NoReturn:
+        """End this worker, from any thread, because of what others do."""
+        self._blame(error)
+        os._exit(1)
+
+    def _blame(self, error: PeerError) -> None:
+        """Say which workers are at fault, and how their logs end: those explain it, not this worker's."""
+        self._close_bars()
+        logging.getLogger("distill").critical("%s", error, extra={"console": False})
+        assert self.log is not None
+        found = {rank: [*self.log.parent.glob(f"worker_{rank}.*log")] for rank in error.ranks}
+        logs = [max(paths, key=lambda path: path.stat().st_mtime) for paths in found.values() if paths]
+        self._say("\n".join([str(error), *(_end_of(log) for log in logs)]))
 
     def report(self) -> str:
         """Who failed, where its log is, and how that log ends."""
@@ -177,11 +191,15 @@ class Session:
         """See to it that a signal stops this worker while its main thread, which handles signals, waits for a GPU."""
 
         def watch() -> None:
+            while not select.select([received], [], [], 1.0)[0]:
+                if self._error_file and os.getppid() != parent:  # torchrun was killed: others may have our blocks
+                    self.leave()
             number = os.read(received, 1)[0]
             time.sleep(_PATIENCE_SECONDS)
             if not self._over and not self.stopping:
                 self._stopped(number, None)
 
+        parent = os.getppid()
         received, sent = os.pipe()
         os.set_blocking(sent, False)
         signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
@@ -202,10 +220,19 @@ class Session:
             bar.close()
 
 
-def leave_signals_to_parent(_reader: int) -> None:
-    """For a DataLoader's processes: SLURM and torchrun signal them too, but it is their parent that acts."""
-    for name in _STOPS:
-        signal.signal(name, signal.SIG_IGN)
+def obey_parent_only(_reader: int) -> None:
+    """For a DataLoader's processes: SLURM and torchrun signal them too, but only their parent is to stop them."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+
+    def listen() -> None:
+        while signal.sigwaitinfo(_STOPS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _end_of(log: Path, start: int = 0) -> str:

@@ -5,14 +5,16 @@ The first worker of each node looks; a difference ends the run with one message,
 
 import importlib.metadata
 import json
+import os
 import secrets
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+from distill.board import Board
 from distill.errors import UserError
-from distill.parallel import Board, Grid
+from distill.parallel import Grid
 from distill.settings import flat
 
 _PACKAGES = ("distill", "torch", "transformers", "zarr", "numcodecs", "datasets")
@@ -24,9 +26,10 @@ def check_nodes(grid: Grid, board: Board, config: Any, folder: str) -> None:
 
     folder: a path, or the URL of an object store, which every node is taken to see. It need not exist yet.
     """
-    if grid.local_rank > 0 or grid.world_size == grid.local_world_size:
+    if grid.local_rank > 0 or grid.num_nodes == 1:
         return
     facts = {name: importlib.metadata.version(name) for name in _PACKAGES} | flat(config)
+    at = Path(folder).expanduser().absolute()  # on this node
     if grid.rank > 0:
         theirs, probe = json.loads(board.wait("facts of worker 0")), board.wait("probe of worker 0")
         found = [
@@ -34,31 +37,37 @@ def check_nodes(grid: Grid, board: Board, config: Any, folder: str) -> None:
             for name, ours in facts.items()
             if ours != theirs.get(name)
         ]
-        if probe and not _appears(Path(probe)):
-            found.append(f"{folder}: worker 0 wrote {probe}, this node does not see it: expected a shared file system")
+        if probe and not _appears(_join(at, probe)):
+            found.append(
+                f"{folder}: worker 0 wrote a file on the way to it that this node, where it is {at}, does not see; "
+                "expected one folder that all nodes share"
+            )
         board.note(f"verdict of node {grid.node}", json.dumps([socket.gethostname(), found]))
     else:
-        probe = "" if "://" in folder else str(_nearest(folder) / f".distill-{secrets.token_hex(4)}")
+        probe = "" if "://" in folder else _probe(at)
         if probe:
-            Path(probe).touch()
+            _join(at, probe).touch()
         board.note("facts of worker 0", json.dumps(facts))
         board.note("probe of worker 0", probe)
         try:
-            nodes = range(1, grid.world_size // grid.local_world_size)
-            verdicts = [json.loads(board.wait(f"verdict of node {node}")) for node in nodes]
+            verdicts = [json.loads(board.wait(f"verdict of node {node}")) for node in range(1, grid.num_nodes)]
         finally:
             if probe:
-                Path(probe).unlink(missing_ok=True)
+                _join(at, probe).unlink(missing_ok=True)
         if lines := [f"node {host}: {line}" for host, found in verdicts for line in found]:
             raise UserError("\n  ".join(["the nodes differ:", *lines]))
 
 
-def _nearest(folder: str) -> Path:
-    """The folder that exists on the way to `folder`."""
-    at = Path(folder).expanduser().absolute()
-    while not at.is_dir():
-        at = at.parent
-    return at
+def _probe(folder: Path) -> str:
+    """A new file in the nearest folder that exists on the way to `folder`, as seen from `folder`."""
+    up = ""
+    while not folder.is_dir():
+        folder, up = folder.parent, f"../{up}"
+    return f"{up}.distill-{secrets.token_hex(4)}"
+
+
+def _join(folder: Path, probe: str) -> Path:
+    return Path(os.path.normpath(folder / probe))  # the folder itself need not exist
 
 
 def _appears(probe: Path) -> bool:

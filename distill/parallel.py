@@ -2,29 +2,30 @@
 
 `Grid` does all rank arithmetic and needs no process group, so that any number of workers can be tested in one
 process. World = replicas x shard_size: a replica is one copy of the teacher on `shard_size` consecutive local ranks of
-one node, so that its traffic never leaves the node. `Board` is torchrun's own key-value store: workers share a few
-counters and flags through it. Replicas need no collective, so they may do different numbers of batches, and waiting
-has no time-out; only the workers of one replica share a process group, whose waiting has one.
+one node, so that its traffic never leaves the node. Replicas need no collective, so they may do different numbers of
+batches: they meet on the `Board`, where waiting has no time-out. Only the workers of one replica, and those of a
+training, share a process group, whose waiting has one.
 """
 
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from distill.board import Board, shared_store
 from distill.errors import ConfigError, PeerError, first_line
 
 if TYPE_CHECKING:  # importing torch takes seconds; usage errors should not
     import torch
-    from torch.distributed import Store
 
 logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 10.0
+GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Grid:
 
     rank, world_size:              among all workers
     local_rank, local_world_size:  among the workers of this node
-    node:                          of this worker's node
-    attempt:                       how often torchrun has restarted the workers
+    node, num_nodes:               among all nodes, of this worker's node
     launched:                      whether torchrun started this process (else this is the only one)
     shard_size:                    workers that share one copy of the teacher
     """
@@ -44,7 +44,7 @@ class Grid:
     local_rank: int = 0
     local_world_size: int = 1
     node: int = 0
-    attempt: int = 0
+    num_nodes: int = 1
     launched: bool = False
     shard_size: int = 1
 
@@ -69,6 +69,11 @@ class Grid:
         if self.shard_size == 1:
             return ""
         return f"replica {self.replica} of {self.num_replicas}, shard rank {self.shard_rank} of {self.shard_size}"
+
+    @property
+    def log_name(self) -> str:
+        """The name of this worker's log: by rank, and by host where there are several nodes."""
+        return f"worker_{self.rank}{f'.{socket.gethostname()}' if self.num_nodes > 1 else ''}.log"
 
     def sharded(self, shard_size: int) -> "Grid":
         """The same worker, with replicas of `shard_size` workers. Raises ConfigError where they do not fill a node."""
@@ -96,7 +101,7 @@ class Grid:
             local_rank=int(os.environ["LOCAL_RANK"]),
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
             node=int(os.environ["GROUP_RANK"]),
-            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
             launched=True,
         )
 
@@ -115,81 +120,71 @@ class Grid:
         sampler = Unpadded(range(len(blocks)), num_replicas=self.num_replicas, rank=self.replica, shuffle=False)  # type: ignore[arg-type]
         return [blocks[i] for i in sampler]
 
-    def board(self) -> "Board":
-        """The key-value store that all workers of this attempt share."""
-        return Board(self._shared_store())
+    def board(self) -> Board:
+        """What all workers of this run share."""
+        from torch.distributed import HashStore
+
+        return Board(shared_store(self.rank, self.world_size) if self.launched else HashStore())
 
     @contextlib.contextmanager
-    def process_group(self, device: "torch.device") -> Iterator[None]:
-        """The process group of all workers, for training: NCCL between GPUs, gloo between CPUs."""
-        import torch.distributed as dist
-
-        store = dist.PrefixStore("group", self._shared_store())
-        dist.init_process_group(_backend(device), store=store, rank=self.rank, world_size=self.world_size)
-        try:
+    def process_group(self, device: "torch.device", timeout_seconds: float) -> Iterator[None]:
+        """The default process group, of all workers. Raises as `replica_group` does."""
+        with self._group("all", range(self.world_size), device, timeout_seconds):
             yield
-        finally:
-            dist.destroy_process_group()
 
     @contextlib.contextmanager
     def replica_group(self, device: "torch.device", timeout_seconds: float) -> Iterator[None]:
         """The default process group, of the workers of this replica; none where there is one worker only.
 
-        Raises PeerError where another worker of the replica has not answered for `timeout_seconds`. Where another
-        worker has died, this one waits to be stopped: it is a victim, and its own error would hide the cause.
+        Raises PeerError where another worker has not answered for `timeout_seconds`. Where another has died, this one
+        waits to be stopped: it is a victim, and its own error would hide the cause.
         """
+        first = self.replica * self.shard_size
+        group = self._group(f"replica {self.replica}", range(first, first + self.shard_size), device, timeout_seconds)
+        with group if self.shard_size > 1 else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _group(self, name: str, ranks: range, device: "torch.device", timeout_seconds: float) -> Iterator[None]:
+        """A process group of these ranks: NCCL between GPUs, gloo between CPUs."""
         import torch.distributed as dist
 
-        if self.shard_size == 1:
-            yield
-            return
-        store = dist.PrefixStore(f"replica {self.replica}", self._shared_store())
+        on_gpu = device.type == "cuda"
+        store = dist.PrefixStore(name, shared_store(self.rank, self.world_size) if self.launched else dist.HashStore())
         dist.init_process_group(
-            _backend(device),
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,
-            rank=self.shard_rank,
-            world_size=self.shard_size,
-            timeout=timedelta(seconds=timeout_seconds),
+            rank=ranks.index(self.rank),
+            world_size=len(ranks),
+            # NCCL ends a process without saying who hangs, so that the watch is to be first.
+            timeout=timedelta(seconds=timeout_seconds + (12 * GRACE_SECONDS if on_gpu else 0)),
         )
         try:
             yield
         except RuntimeError as error:
+            text = str(error)
             if not isinstance(error, dist.DistError) and not any(
-                word in str(error) for word in ("gloo", "NCCL", "Timed out waiting")
+                word in text for word in ("gloo", "NCCL", "Timed out waiting")
             ):
                 raise
-            logger.warning("lost the other workers of replica %d: %s", self.replica, first_line(error))
-            silent = self._silent_peers(Board(store))
-            raise PeerError(
-                f"worker {', '.join(map(str, silent))} of replica {self.replica} has not answered for "
-                f"{timeout_seconds:g} s (parallel.timeout_seconds)",
-                silent,
-            ) from error
+            logger.warning("lost the other workers: %s", first_line(error), extra={"console": False})
+            silent = self._silent_peers(Board(store), ranks)
+            what = f"has not answered for {timeout_seconds:g} s (timeout_seconds)" if "imed out" in text else "is gone"
+            raise PeerError(f"worker {', '.join(map(str, silent))} {what}", silent) from error
         dist.destroy_process_group()  # not after an error: it may wait for operations that never end
 
-    def _silent_peers(self, board: "Board") -> list[int]:
-        """Ranks of this replica that have not lost the others within a grace period: those who are stuck.
+    def _silent_peers(self, board: Board, ranks: range) -> list[int]:
+        """Those of the ranks that have not lost the others within a grace period: those who are stuck, or dead.
 
         Only the first worker who lost them returns; the rest wait to be stopped, so that there is one report.
         """
         first = board.add("lost", 1) == 1
         board.note(f"{self.rank} lost the others", "")
-        time.sleep(_GRACE_SECONDS)  # if a worker has died, torchrun stops this one meanwhile
+        time.sleep(GRACE_SECONDS)  # if a worker of this node has died, torchrun stops this one meanwhile
         while not first:
             time.sleep(1)
-        peers = range(self.replica * self.shard_size, (self.replica + 1) * self.shard_size)
-        return [peer for peer in peers if not board.has(f"{peer} lost the others")]
-
-    def _shared_store(self) -> "Store":
-        from torch.distributed import HashStore, PrefixStore, Store
-        from torch.distributed.rendezvous import rendezvous
-
-        store: Store = next(rendezvous("env://"))[0] if self.launched else HashStore()
-        return PrefixStore(f"distill/{self.attempt}", store)
-
-
-def _backend(device: "torch.device") -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            board.has("lost")  # until the run ends
+        return [peer for peer in ranks if not board.has(f"{peer} lost the others")]
 
 
 def wrap(module: "torch.nn.Module", mode: str, device: "torch.device") -> "torch.nn.Module":
@@ -230,34 +225,3 @@ def refuse_other_launchers() -> None:
     for name in () if _under_torchrun() else ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if os.environ.get(name, "1") != "1":
             raise ConfigError(f"expected torchrun to start several workers, found {name}={os.environ[name]} without it")
-
-
-class Board:
-    """Counters, flags and notes shared by all workers. Nothing here blocks but `wait` and `meet`, which poll."""
-
-    def __init__(self, store: "Store") -> None:
-        self._store = store
-
-    def add(self, name: str, amount: int) -> int:
-        """Add to the counter `name` and return its new value; ``add(name, 0)`` reads it."""
-        return int(self._store.add(name, amount))
-
-    def note(self, name: str, text: str) -> None:
-        """Publish `text` under `name`; `wait` returns it to anyone."""
-        self._store.set(name, text)
-
-    def wait(self, name: str, poll_seconds: float = 0.05) -> str:
-        """The note `name`, as soon as somebody has published it; however long that takes."""
-        while not self.has(name):
-            time.sleep(poll_seconds)
-        return str(self._store.get(name), "utf-8")
-
-    def has(self, name: str) -> bool:
-        """Whether somebody has published a note `name`."""
-        return bool(self._store.check([name]))
-
-    def meet(self, name: str, count: int, poll_seconds: float = 0.05) -> None:
-        """Wait until `count` workers have come here; however long that takes."""
-        self.add(name, 1)
-        while self.add(name, 0) < count:
-            time.sleep(poll_seconds)

@@ -18,7 +18,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from distill import __version__
 from distill.config import TrainConfig
 from distill.errors import ConfigError, StoreError
 from distill.fingerprint import differences
-from distill.log import Session, leave_signals_to_parent
+from distill.log import Session, obey_parent_only
 from distill.nodes import check_nodes
 from distill.parallel import Grid, gradients_summed, refuse_other_launchers, wrap
 from distill.settings import help_text, load, to_yaml
@@ -54,18 +54,22 @@ def main(arguments: Sequence[str]) -> int:
 def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     """The whole run, as the worker that `grid` says."""
     # Imported here: torch, transformers and zarr take seconds, which --help or a misspelt key should not.
+    import torch.distributed as dist
+
     from distill import checkpoint, student
     from distill.cache import TeacherCache
     from distill.device import pick_device
     from distill.evaluate import evaluate
     from distill.loss import DistillationLoss
     from distill.metrics import Metrics, summary
+    from distill.watch import Watch
 
     refuse_other_launchers()
     loss = DistillationLoss(**asdict(config.loss))
     device = pick_device("device", config.device, grid.local_rank, grid.local_world_size)
-    session.open(config.log_dir)
-    check_nodes(grid, grid.board(), config, config.output)
+    session.open(config.log_dir, grid.log_name)
+    board = grid.board()
+    check_nodes(grid, board, config, config.output)
     cache = TeacherCache(config.store.path, config.store.options)
     teacher = cache.attributes["teacher"]
     source = student.find(config.student, teacher["model"], teacher["revision"])
@@ -98,8 +102,14 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
             logger.info(summary(output))
         return
 
-    with grid.process_group(device):
+    together = replace(grid, shard_size=grid.world_size)  # in lockstep
+    with (
+        Watch(board, together, config.timeout_seconds, session.abort) as watch,
+        grid.process_group(device, config.timeout_seconds),
+    ):
         model = student.build(config.student, source, config.seed)
+        board.meet("students are built", grid.world_size)  # however long that takes
+        watch.follow(model)
         learner = student.Learner(model, loss, cache.temperatures)
         if config.batch.packed and student.sees_neighbours(model):
             raise ConfigError("batch.packed: expected false for this student: samples in one row would see each other")
@@ -133,6 +143,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
         while step < total_steps:
             optimizer.zero_grad(set_to_none=True)
             parts = take_step(stream, config.batch.accumulate, micro_batches, step % steps_per_epoch)
+            watch.beat()
             mean, tokens = accumulate(module, parts, grid.world_size, device, dtype)
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the loss is {mean} at step {step + 1}")
@@ -151,9 +162,11 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
             if last or stopping or step % config.checkpoint_every == 0:
                 checkpoint.save(output / "checkpoints", step, settings, module, optimizer, scheduler)
             if stopping and not last:
+                dist.barrier()  # the checkpoint is in its place
                 session.how_to_go_on = f"a checkpoint of step {step} is there, and the same command goes on from it"
                 session.leave(session.stopping or signal.SIGTERM)
         session.graceful = False
+        watch.rest()
         bar.close()
         student.save(module, model, source.tokenizer, output)
         if grid.rank == 0:
@@ -224,7 +237,7 @@ def micro_batches_from(
         batches,
         batch_size=None,
         num_workers=readers,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=obey_parent_only,
         persistent_workers=readers > 0,
         pin_memory=device.type == "cuda",
         multiprocessing_context=start_method if readers else None,

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distill.board import Board
 from distill.config import GenerateConfig
 from distill.errors import NumericalError
-from distill.parallel import Board
 from distill.plan import Plan
 from distill.schema import CAPTURED
 from distill.sparse import Captured, round_logprobs
 from distill.store import Store
 from distill.teacher import Teacher
+from distill.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,10 @@ class Worker:
     """Works off the blocks that are dealt to it. `missing` are those of all workers."""
 
     def __init__(
-        self, config: GenerateConfig, store: Store, teacher: Teacher, board: Board, missing: list[int], dealt: list[int]
-    ) -> None:
-        self._config, self._store, self._board, self._teacher = config, store, board, teacher
+        self, config: GenerateConfig, store: Store, teacher: Teacher, board: Board, watch: Watch,
+        missing: list[int], dealt: list[int],
+    ) -> None:  # fmt: skip
+        self._config, self._store, self._board, self._teacher, self._watch = config, store, board, teacher, watch
         self._plan = Plan(store.block_rows, store.read_all("sample_start"), store.read_all("sample_length"))
         self._tokens_per_block = self._plan.tokens_per_block()
         self.total_tokens = int(self._tokens_per_block.sum())
@@ -102,6 +104,7 @@ class Worker:
             "tail_logprob": np.full((ends[-1], num_temperatures), np.nan, np.float16),
         }
         for batch in self._plan.batches(block, self._config.batch.max_tokens):
+            self._watch.beat()
             rows = [np.arange(starts[i - samples.start], ends[i - samples.start]) for i in batch]
             captured = self._teacher.capture([tokens[span] for span in rows], k, self._config.capture.temperatures)
             if captured is None:

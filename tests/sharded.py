@@ -9,13 +9,13 @@ STORE.loaded.RANK.json, how many numbers of each weight the worker loaded.
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import distill.teacher
+from distill.board import shared_store
 from distill.config import GenerateConfig
 from distill.generate import generate
 from distill.log import Session
@@ -27,7 +27,7 @@ from distill.teacher import Teacher
 class Quiet(Session):
     """A session that leaves logging and the console alone."""
 
-    def open(self, log_dir: str) -> None:
+    def open(self, log_dir: str, name: str) -> None:
         """Only make the folder."""
         Path(log_dir).mkdir(parents=True, exist_ok=True)
 
@@ -65,13 +65,14 @@ def main(file: str) -> None:
     """Do the runs of `file`, one after the other."""
     grid = Grid.from_environment()
     plain = distill.teacher.load, Teacher.capture
-    for number, run in enumerate(json.loads(Path(file).read_text())):
+    for run in json.loads(Path(file).read_text()):
         captured: dict[bytes, Any] = {}
         loaded: dict[str, int] = {}
         Teacher.capture = record(captured)  # type: ignore[method-assign]
         distill.teacher.load = watched(run.get("damage"), loaded)
         config = load(GenerateConfig, run["arguments"])
-        generate(config, replace(grid, attempt=number), Quiet(grid.rank))
+        shared_store.cache_clear()  # a round of its own
+        generate(config, grid, Quiet(grid.rank))
         distill.teacher.load, Teacher.capture = plain  # type: ignore[method-assign]
         Path(f"{config.store.path}.loaded.{grid.rank}.json").write_text(json.dumps(loaded))
         if captured:

@@ -28,6 +28,7 @@ def test_the_resolved_config_reads_back(tmp_path):
     [
         ("capture.k=abc", "capture.k: expected an integer, found 'abc'"),
         ("capture.k=0", "capture.k: expected at least 1, found 0"),
+        ("timeout_seconds=0", "timeout_seconds: expected at least 1, found 0"),
         ("captur.k=1", "unknown key captur.k; did you mean capture.k?"),
         ("k=1", "unknown key k; did you mean capture.k?"),
         ("nothing_like_it=1", "unknown key nothing_like_it; --help lists the keys"),

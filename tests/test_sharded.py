@@ -108,8 +108,8 @@ def check_shares(whole: Path, store: Path, mode: str) -> None:
             part = re.sub(r"(\.\d+\.).*", r"\1", name)
             layers[part] = layers.get(part, 0) + count
         assert most < total / 4 + 1.5 * max(layers.values())
-        # A tied embedding is in two stages.
-        assert sum(sum(share.values()) for share in shares) <= total + max(layers.values())
+        # A tied embedding is in two stages, the last norm in all.
+        assert sum(sum(share.values()) for share in shares) <= 1.01 * total + max(layers.values())
 
 
 @pytest.mark.timeout(900)
@@ -190,7 +190,7 @@ def test_a_hang_ends_with_the_log_of_who_hangs(
     folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
     settings = arguments(folders["llama"], texts(300), Path("x.zarr"), "parallel.mode=pipeline")
-    launcher = begin(tmp_path, 2, [*settings, "parallel.timeout_seconds=5"])
+    launcher = begin(tmp_path, 2, [*settings, "timeout_seconds=5"])
     victim, stuck = sorted(children(launcher.pid))
     os.kill(stuck, signal.SIGSTOP)
     stopped = time.monotonic()
@@ -200,7 +200,7 @@ def test_a_hang_ends_with_the_log_of_who_hangs(
     os.kill(stuck, signal.SIGCONT)  # so that it may be stopped, which torchrun would take 30 s to enforce
     assert launcher.wait(timeout=60) == 1
     console = (tmp_path / "console").read_text()
-    assert "worker 1 of replica 0 has not answered for 5 s (parallel.timeout_seconds)" in console
+    assert "worker 1 has not answered for 5 s (timeout_seconds)" in console
     assert f"the end of its log, {tmp_path}/logs/worker_1.log:" in console
     assert "rank 1 INFO distill.worker: block" in console
 

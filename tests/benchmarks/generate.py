@@ -36,6 +36,7 @@ from distill.plan import Plan
 from distill.settings import load
 from distill.store import Store
 from distill.teacher import Teacher, locate, resolve_dtype
+from distill.watch import Watch
 from distill.worker import Worker
 
 
@@ -109,7 +110,8 @@ def main(arguments: list[str]) -> None:
         store = Store.open(str(scratch / "x.zarr"), {}, writable=True)
         assert store is not None
         missing = store.missing_blocks()
-        Worker(config, store, teacher, Grid().board(), missing, missing).work()
+        board, grid = Grid().board(), Grid()
+        Worker(config, store, teacher, board, Watch(board, grid, 600, print), missing, missing).work()
 
     others: dict[str, Callable[[], None]] = {
         "bare": lambda: bare(model, planned, 1024 if device.type == "cpu" else config.batch.max_tokens),

@@ -1,0 +1,124 @@
+"""Notice a worker that hangs, and say which.
+
+Every few seconds each worker shows on the board that its process lives, and for how long it has made no progress.
+Worker 0 looks at all of them; the others look at worker 0. A worker that shows nothing any more, or no progress, for
+the time-out ends the run. What takes long without being watched, as loading a model does, comes before the first
+`beat` or after `rest`.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from distill.board import Board
+from distill.errors import PeerError
+from distill.parallel import GRACE_SECONDS, Grid
+
+logger = logging.getLogger(__name__)
+
+_FRAMES = 4
+_LEFT = "left"
+
+
+class Watch:
+    """The watch that one worker keeps, in a thread, as long as the ``with`` block lasts.
+
+    grid:  its replicas are workers in lockstep: where one hangs all of them stand still, and those that did least are
+           named. They notice first themselves, if their process group can tell, so that they have some more time.
+    alarm: called in that thread with the PeerError that names who hangs; is to end this process
+    """
+
+    def __init__(self, board: Board, grid: Grid, timeout_seconds: float, alarm: Callable[[PeerError], None]) -> None:
+        self._board, self._grid, self._alarm = board, grid, alarm
+        self._timeout, self._period = timeout_seconds, min(5.0, timeout_seconds / 10)
+        self._limit = timeout_seconds + (2 * GRACE_SECONDS if grid.shard_size > 1 else 0)
+        self._beats, self._last = 0, float("inf")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if kind is None:
+            with contextlib.suppress(PeerError):  # nobody looks any more
+                self._board.note(self._key(self._grid.rank), _LEFT)
+
+    def beat(self) -> None:
+        """There was progress, and more is expected within the time-out."""
+        self._beats += 1
+        self._last = time.monotonic()
+
+    def rest(self) -> None:
+        """No progress is expected until the next `beat`."""
+        self._last = float("inf")
+
+    def follow(self, model: Any) -> None:
+        """Let every layer that `model` begins be progress: a batch may take long on a slow device."""
+        for part in model.modules():
+            for layer in part if type(part).__name__ == "ModuleList" else ():
+                layer.register_forward_pre_hook(lambda *_: self.beat())
+
+    @property
+    def _idle(self) -> float:
+        return max(0.0, time.monotonic() - self._last)
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"watch of {rank}"
+
+    def _keep(self) -> None:
+        rank = self._grid.rank
+        peers = range(self._grid.world_size) if rank == 0 else (0,)
+        shown = {peer: ("", time.monotonic()) for peer in peers}  # what each showed last, and since when
+        told, tick = False, 0
+        try:
+            while not self._over.wait(self._period):
+                tick += 1
+                self._board.note(self._key(rank), json.dumps([tick, self._idle, self._beats]))
+                if self._idle >= self._timeout and not told:
+                    told = True
+                    stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0])
+                    logger.warning(
+                        "no progress for %g s, at:\n%s", self._timeout, "".join(stack[-_FRAMES:]).rstrip(),
+                        extra={"console": False},
+                    )  # fmt: skip
+                self._read(shown)
+                if self._hanging(shown):
+                    self._over.wait(2 * self._period)  # a slow one may come back; the others log where they stand
+                    self._read(shown)
+                    if (hanging := self._hanging(shown)) and self._board.add("hangs", 1) == 1:
+                        numbers = ", ".join(map(str, hanging))
+                        several = "workers {} have" if len(hanging) > 1 else "worker {} has"
+                        said = f"{several.format(numbers)} made no progress for {self._timeout:g} s (timeout_seconds)"
+                        self._alarm(PeerError(said, hanging))
+        except PeerError:  # the board is gone: the run is ending
+            return
+
+    def _read(self, shown: dict[int, tuple[str, float]]) -> None:
+        for peer, (before, _) in shown.items():
+            if self._board.has(self._key(peer)) and (note := self._board.wait(self._key(peer))) != before:
+                shown[peer] = note, time.monotonic()
+
+    def _hanging(self, shown: dict[int, tuple[str, float]]) -> list[int]:
+        """Ranks whose process is frozen; if there are none and this is worker 0, those without progress."""
+        there = {peer: found for peer, found in shown.items() if found[0] != _LEFT}
+        frozen = [peer for peer, (_, since) in there.items() if time.monotonic() - since >= self._limit]
+        if frozen or self._grid.rank > 0:
+            return frozen
+        states = {peer: json.loads(note) for peer, (note, _) in there.items() if note}
+        found: list[int] = []
+        for first in range(0, self._grid.world_size, self._grid.shard_size):
+            members = range(first, first + self._grid.shard_size)
+            beats = {peer: states[peer][2] for peer in members if peer in states and states[peer][1] >= self._limit}
+            found += [peer for peer, count in beats.items() if count == min(beats.values())]
+        return found
