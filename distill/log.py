@@ -50,7 +50,8 @@ class Session:
         self.rank = rank
         self.log: Path | None = None
         self.how_to_go_on = self.role = ""
-        self.graceful = self._over = False
+        self.graceful = self._over = self._said = False
+        self._leaving = threading.Lock()
         self.stopping: int | None = None
         self._log_start = 0
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -151,13 +152,16 @@ class Session:
     def leave_report(self) -> None:
         """Keep the report where torchrun will look for it, should this worker die without a word."""
         if self._error_file:
-            with contextlib.suppress(OSError):  # a full disk must not end the run
-                self._leave(self.report())
+            with contextlib.suppress(OSError), self._leaving:  # a full disk must not end the run
+                if not self._said:
+                    self._leave(self.report())
 
     def _say(self, text: str) -> None:
         """On the console, once: through torchrun, which prints it last, or directly."""
         if self._error_file:
-            self._leave(text)
+            with self._leaving:
+                self._said = True  # other threads may still log
+                self._leave(text)
         else:
             print(text, file=sys.stderr, flush=True)
 

@@ -10,6 +10,7 @@ R rows, S samples, B blocks.
 import fcntl
 import logging
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "distill-cache"
 VERSION = 1
 _SAMPLE_CHUNK = 1 << 20
+_PATIENCE_SECONDS = 3.0  # workers of a run that was just killed may be ending
 # Raised for pcodec each time an array is opened; docs/format.md says it once.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
 
@@ -289,12 +291,21 @@ class _Lock:
             return
         self._descriptor = os.open(location.root, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"store.path: another run is writing {location.root}; wait for it, or stop it") from error
+            while not self._taken():
+                if time.monotonic() > deadline:
+                    raise StoreError(f"store.path: another run is writing {location.root}; wait for it, or stop it")
+                time.sleep(0.1)
         except OSError as error:
             logger.info("store: %s cannot be locked (%s): let no other run write it", location.root, error.strerror)
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def _fsync(*paths: Path) -> None:

@@ -202,6 +202,31 @@ def test_a_worker_that_is_killed(
     assert "SIGKILL" in console_text
 
 
+def test_a_worker_that_hangs(texts: Callable[[int], Path], model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whose process is frozen: the others are done long before, and wait for it."""
+    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(300)}", "dataset.max_length=128"]
+    arguments += ["capture.k=8", "store.path=x.zarr", "store.block_rows=128", "timeout_seconds=4"]
+    with (tmp_path / "console").open("wb") as console:
+        launcher = subprocess.Popen(
+            command(2, arguments), cwd=tmp_path, env=environment(), stdout=console, stderr=console
+        )
+    log, deadline = tmp_path / "logs" / "worker_1.log", time.monotonic() + 120
+    while not log.is_file() or "is committed" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first, stuck = sorted(children(launcher.pid))
+    os.kill(stuck, signal.SIGSTOP)
+    while Path(f"/proc/{first}/stat").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(stuck, signal.SIGCONT)  # so that it may be stopped, which torchrun would take 30 s to enforce
+    assert launcher.wait(timeout=60) == 1
+    text = (tmp_path / "console").read_text()
+    assert "worker 1 has made no progress for 4 s (timeout_seconds)" in text
+    assert f"the end of its log, {log}:" in text
+    assert "rank 1 INFO distill.worker: block" in text
+
+
 def test_other_workers_keep_off_the_console(
     texts: Callable[[int], Path], model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -239,8 +239,29 @@ def test_training_is_preempted_and_goes_on(cluster: Cluster, small_store: Path, 
     assert (tmp_path / "student" / "model.safetensors").is_file()
 
 
-def test_no_arguments_are_an_error_in_one_line() -> None:
-    ran = subprocess.run(["bash", str(SBATCH)], capture_output=True, text=True, check=False)
+def test_of_an_array_of_jobs_one_writes_a_store(
+    cluster: Cluster, model_folder: Callable[[str], Path], texts: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """The other is told why it cannot, and changes nothing."""
+    arguments = settings(model_folder("llama"), texts(300))
+    options = ["--array=0-1", "--nodes=1", "--cpus-per-task=1", "--parsable"]
+    job = int(cluster.run("sbatch", *options, str(SBATCH), "distill.generate", *arguments, folder=tmp_path))
+    jobs = [f"{job}_{task}" for task in range(2)]
+    for task in jobs:
+        cluster.wait(task, "COMPLETED", "FAILED")
+    said = {log.name: log.read_text() for log in tmp_path.glob("distill-*.out")}
+    assert sorted(cluster.state(task) for task in jobs) == ["COMPLETED", "FAILED"], said
+    told = [text for text in said.values() if re.search(r"error: store.path: another run (is writing|has begun)", text)]
+    assert len(said) == 2
+    assert len(told) == 1, said
+    assert json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())["attributes"]["complete"] is True
+
+
+@pytest.mark.parametrize("arguments", [[], ["distill.generate"]])
+def test_without_slurm_or_arguments_it_says_how(arguments: list[str]) -> None:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    ran = subprocess.run(["bash", str(SBATCH), *arguments], env=outside, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr.startswith("error: expected a program and its arguments")
+    assert ran.stderr.startswith("error: expected SLURM to run this")
+    assert "--account=A --partition=P" in ran.stderr
     assert len(ran.stderr.splitlines()) == 1

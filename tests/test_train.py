@@ -127,6 +127,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
     assert "Traceback" not in other.stderr
 
 
+def test_a_worker_that_hangs_is_named(small_store: Path, tmp_path: Path) -> None:
+    arguments = [f"store.path={small_store}", "student.layers=1", "optimizer.steps=5000", "batch.samples=4"]
+    arguments += ["batch.readers=0", "evaluation.samples=0", "output=out", "timeout_seconds=4"]
+    with (tmp_path / "console").open("wb") as console:
+        launcher = subprocess.Popen(command(2, arguments), cwd=tmp_path, env=environment(), stderr=console)
+    steps, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
+    while not steps.is_file() or '"loss"' not in steps.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first, stuck = sorted(children(launcher.pid))
+    os.kill(stuck, signal.SIGSTOP)
+    while Path(f"/proc/{first}/stat").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(stuck, signal.SIGCONT)  # so that it may be stopped, which torchrun would take 30 s to enforce
+    assert launcher.wait(timeout=60) == 1
+    said = (tmp_path / "console").read_text()
+    assert "worker 1 has not answered for 4 s (timeout_seconds)" in said
+    assert f"the end of its log, {tmp_path}/logs/worker_1.log:" in said
+
+
 def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None:
     for arguments, told in (
         (["optimizer.learning_rat=1"], "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate?"),
