@@ -31,6 +31,7 @@ from distill.errors import PeerError, UserError
 TAIL_LINES = 10
 _TAIL_BYTES = 1 << 14
 _PATIENCE_SECONDS = 3.0
+_GRACEFUL_SECONDS = 20.0  # torchrun kills after 30
 _UNITS = {"tok": "tokens", "step": "steps"}
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LINE = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
@@ -42,7 +43,7 @@ class Session:
     log:           the file of this worker, once opened
     how_to_go_on:  what to tell the user when the run is stopped before its end; set when there is something to say
     role:          what this worker is beside its rank, in words; set when there is something to say
-    graceful:      on a signal, only note it in `stopping`: the program leaves by itself, soon
+    graceful:      on a signal, only note it in `stopping`: the program leaves by itself, or is made to after 20 s
     stopping:      the signal that came, if one did
     """
 
@@ -187,7 +188,11 @@ class Session:
 
     def _stopped(self, number: int, _frame: FrameType | None) -> None:
         if self.graceful and not self._a_sibling_is_gone():  # else nobody is left to wait for
-            self.stopping = self.stopping or number
+            if self.stopping is None:
+                self.stopping = number
+                last_moment = threading.Timer(_GRACEFUL_SECONDS, self.leave, [number])
+                last_moment.daemon = True
+                last_moment.start()
         else:
             self.leave(number)
 

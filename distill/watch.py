@@ -23,6 +23,7 @@ from distill.parallel import GRACE_SECONDS, Grid
 logger = logging.getLogger(__name__)
 
 _FRAMES = 4
+_LOOKS = 3
 _LEFT = "left"
 
 
@@ -80,34 +81,32 @@ class Watch:
         rank = self._grid.rank
         peers = range(self._grid.world_size) if rank == 0 else (0,)
         shown = {peer: ("", time.monotonic()) for peer in peers}  # what each showed last, and since when
-        told, tick = False, 0
+        told, tick, doubts = False, 0, 0
         try:
             while not self._over.wait(self._period):
-                tick += 1
-                self._board.note(self._key(rank), json.dumps([tick, self._idle, self._beats]))
-                if self._idle >= self._timeout and not told:
-                    told = True
-                    stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0])
-                    logger.warning(
-                        "no progress for %g s, at:\n%s", self._timeout, "".join(stack[-_FRAMES:]).rstrip(),
-                        extra={"console": False},
-                    )  # fmt: skip
-                self._read(shown)
-                if self._hanging(shown):
-                    self._over.wait(2 * self._period)  # a slow one may come back; the others log where they stand
-                    self._read(shown)
-                    if (hanging := self._hanging(shown)) and self._board.add("hangs", 1) == 1:
-                        numbers = ", ".join(map(str, hanging))
-                        several = "workers {} have" if len(hanging) > 1 else "worker {} has"
-                        said = f"{several.format(numbers)} made no progress for {self._timeout:g} s (timeout_seconds)"
-                        self._alarm(PeerError(said, hanging))
+                idle, tick = self._idle, tick + 1
+                self._board.note(self._key(rank), json.dumps([tick, idle, self._beats]))
+                if idle >= self._timeout and not told:
+                    self._tell_where()
+                told = idle >= self._timeout
+                for peer, (before, _) in shown.items():
+                    if self._board.has(self._key(peer)) and (note := self._board.wait(self._key(peer))) != before:
+                        shown[peer] = note, time.monotonic()
+                hanging = self._hanging(shown)
+                doubts = doubts + 1 if hanging else 0  # all may just have been stopped for a while, this one included
+                if doubts >= _LOOKS and self._board.add("alarms", 1) == 1:
+                    several = (
+                        f"workers {', '.join(map(str, hanging))} have" if hanging[1:] else f"worker {hanging[0]} has"
+                    )
+                    said = f"{several} made no progress for {self._timeout:g} s (timeout_seconds)"
+                    self._alarm(PeerError(said, hanging))
         except PeerError:  # the board is gone: the run is ending
             return
 
-    def _read(self, shown: dict[int, tuple[str, float]]) -> None:
-        for peer, (before, _) in shown.items():
-            if self._board.has(self._key(peer)) and (note := self._board.wait(self._key(peer))) != before:
-                shown[peer] = note, time.monotonic()
+    def _tell_where(self) -> None:
+        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0])
+        where = "".join(stack[-_FRAMES:]).rstrip()
+        logger.warning("no progress for %g s, at:\n%s", self._timeout, where, extra={"console": False})
 
     def _hanging(self, shown: dict[int, tuple[str, float]]) -> list[int]:
         """Ranks whose process is frozen; if there are none and this is worker 0, those without progress."""

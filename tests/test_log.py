@@ -23,9 +23,17 @@ import time
 from distill.log import Session
 Session(0).run(lambda: print("blocked", flush=True) or time.sleep(60))
 """
+GRACEFUL = """
+import time
+from distill import log
+log._GRACEFUL_SECONDS = 1
+session = log.Session(0)
+session.graceful = True
+session.run(lambda: print("blocked", flush=True) or time.sleep(60))
+"""
 
 
-@pytest.mark.parametrize(("program", "most"), [(BLOCKED, 10), (WAITING, 2)])
+@pytest.mark.parametrize(("program", "most"), [(BLOCKED, 10), (WAITING, 2), (GRACEFUL, 4)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_worker_whatever_it_does(program: str, most: float, number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, text=True)
