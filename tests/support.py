@@ -1,13 +1,16 @@
 """What several tests need: small models, launching the command line, and looking at a store without distill."""
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -106,19 +109,39 @@ def command(workers: int | None, arguments: Sequence[str]) -> list[str]:
     return [*launcher, "-m", "distill.generate", *arguments]
 
 
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["datasets", "transformers.modeling_utils", "distill.prepare", "distill.report"])
+
+
+def _main(folder: Path, arguments: Sequence[str], variables: dict[str, str], consoles: tuple[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.update(variables)
+    for descriptor, console in enumerate(consoles, start=1):
+        os.dup2(os.open(console, os.O_WRONLY), descriptor)
+    from distill.generate import main
+
+    sys.exit(main(arguments))
+
+
 def generate(
     folder: Path, *arguments: str, workers: int | None = None, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run distill.generate in `folder`, to its end. A time-out here is a deadlock of the workers."""
-    return subprocess.run(
-        command(workers, arguments),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """Run distill.generate in `folder`, to its end. A time-out here is a deadlock of the workers.
+
+    Without torchrun it is forked from a process that has imported what takes long.
+    """
+    if workers is not None:
+        return subprocess.run(
+            command(workers, arguments), cwd=folder, env=environment(), capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        process = _SERVER.Process(target=_main, args=(folder, arguments, environment(), (out.name, err.name)))
+        with mock.patch.dict(os.environ, environment()):
+            process.start()
+        process.join(timeout)
+        assert process.exitcode is not None, err.read()
+        return subprocess.CompletedProcess(command(None, arguments), process.exitcode, out.read(), err.read())
 
 
 def tree(folder: Path) -> dict[str, str]:
