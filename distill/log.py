@@ -51,8 +51,8 @@ class Session:
         self.rank = rank
         self.log: Path | None = None
         self.how_to_go_on = self.role = ""
-        self.graceful = self._over = self._said = False
-        self._leaving = threading.Lock()
+        self.graceful = self._over = self._said = self._leaving = False
+        self._reporting = threading.Lock()
         self.stopping: int | None = None
         self._log_start = 0
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -153,14 +153,14 @@ class Session:
     def leave_report(self) -> None:
         """Keep the report where torchrun will look for it, should this worker die without a word."""
         if self._error_file:
-            with contextlib.suppress(OSError), self._leaving:  # a full disk must not end the run
+            with contextlib.suppress(OSError), self._reporting:  # a full disk must not end the run
                 if not self._said:
                     self._leave(self.report())
 
     def _say(self, text: str) -> None:
         """On the console, once: through torchrun, which prints it last, or directly."""
         if self._error_file:
-            with self._leaving:
+            with self._reporting:
                 self._said = True  # other threads may still log
                 self._leave(text)
         else:
@@ -175,6 +175,7 @@ class Session:
 
     def leave(self, number: int = signal.SIGTERM) -> NoReturn:
         """Stop, by the signal `number`. What is committed stays; a block half written is written again."""
+        self._leaving = True
         if self.rank == 0:
             for token_bar in (bar for bar in self._bars if isinstance(bar, TokenBar)):
                 with contextlib.suppress(RuntimeError):  # the workers' shared store may be gone
@@ -187,6 +188,8 @@ class Session:
         os._exit(0 if self._a_sibling_is_gone() else 128 + number)
 
     def _stopped(self, number: int, _frame: FrameType | None) -> None:
+        if self._leaving:  # a second signal, which came in the middle of what the first one does, under its locks
+            return
         if self.graceful and not self._a_sibling_is_gone():  # else nobody is left to wait for
             if self.stopping is None:
                 self.stopping = number
@@ -205,8 +208,11 @@ class Session:
                     self.leave()
             number = os.read(received, 1)[0]
             time.sleep(_PATIENCE_SECONDS)
-            if not self._over and not self.stopping:
-                self._stopped(number, None)
+            if not (self._leaving or self._over or self.stopping):
+                threading.Thread(target=self._stopped, args=(number, None), daemon=True).start()
+            time.sleep(_PATIENCE_SECONDS)
+            if not (self._over or self.stopping):  # a lock is held by the thread that is blocked
+                os._exit(128 + number)
 
         parent = os.getppid()
         received, sent = os.pipe()

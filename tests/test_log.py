@@ -31,9 +31,40 @@ session = log.Session(0)
 session.graceful = True
 session.run(lambda: print("blocked", flush=True) or time.sleep(60))
 """
+AGAIN = """
+import os, signal, time
+from distill.log import Session
+session = Session(0)
+session.how_to_go_on = "go on"
+
+def read():  # a second signal arrives while the first is answered
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return 1, ""
+
+def body():
+    session.bar(10, 0, lambda: (0, ""))
+    session._bars[0]._read = read
+    print("blocked", flush=True)
+    time.sleep(60)
+
+session.run(body)
+"""
+LOCKED = """
+import time
+from distill.log import Session
+session = Session(0)
+
+def body():
+    bar = session.bar(10, 0, lambda: (0, ""))
+    with bar._closed._cond:  # what leaving needs
+        print("blocked", flush=True)
+        time.sleep(60)
+
+session.run(body)
+"""
 
 
-@pytest.mark.parametrize(("program", "most"), [(BLOCKED, 10), (WAITING, 2), (GRACEFUL, 4)])
+@pytest.mark.parametrize(("program", "most"), [(BLOCKED, 10), (WAITING, 2), (GRACEFUL, 4), (AGAIN, 4), (LOCKED, 10)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_worker_whatever_it_does(program: str, most: float, number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, text=True)
