@@ -58,6 +58,8 @@ def save(
     dist.barrier()
     if rank == 0:
         partial.rename(folder / f"step_{step}")
+        for stale in folder.glob("*.partial"):  # of runs that were cut off in the middle
+            shutil.rmtree(stale)
         found = sorted(folder.glob("step_*"), key=lambda entry: int(entry.stem.removeprefix("step_")))
         for old in found[:-_KEPT]:
             shutil.rmtree(old)

@@ -15,6 +15,7 @@
 The same command again does what is missing, whatever the number of workers.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from distill import __version__
 from distill.config import GenerateConfig
-from distill.errors import StoreError
+from distill.errors import PeerError, StoreError
 from distill.log import Session
 from distill.nodes import check_nodes
 from distill.parallel import Grid, refuse_other_launchers
@@ -141,9 +142,13 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
         board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
         if grid.rank == 0:
             totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
+            board.note("all are done", "yes")
             bar.finish()
             finish(store)
             logger.info(summary(store, totals, config))
+        else:  # stay, to watch worker 0; and while others work, a worker that is gone has failed
+            with contextlib.suppress(PeerError):
+                board.wait("all are done", poll_seconds=1.0)
 
 
 def plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequence[str]) -> None:

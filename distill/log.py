@@ -12,6 +12,7 @@ stops because another one failed leave with status 0, so that only the culprit i
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import select
 import signal
@@ -176,16 +177,18 @@ class Session:
     def leave(self, number: int = signal.SIGTERM) -> NoReturn:
         """Stop, by the signal `number`. What is committed stays; a block half written is written again."""
         self._leaving = True
-        if self.rank == 0:
-            for token_bar in (bar for bar in self._bars if isinstance(bar, TokenBar)):
-                with contextlib.suppress(RuntimeError):  # the workers' shared store may be gone
-                    token_bar.show()
-        self._close_bars()
-        if self.rank == 0 and self.how_to_go_on:
-            bars = [bar.bar if isinstance(bar, TokenBar) else bar for bar in self._bars]
-            at = "".join(f" at {bar.n:,} of {bar.total:,} {_UNITS[bar.unit]}" for bar in bars)
-            os.write(2, f"stopped by {signal.Signals(number).name}{at}; {self.how_to_go_on}\n".encode())
-        os._exit(0 if self._a_sibling_is_gone() else 128 + number)
+        try:
+            if self.rank == 0:
+                for token_bar in (bar for bar in self._bars if isinstance(bar, TokenBar)):
+                    with contextlib.suppress(RuntimeError):  # the workers' shared store may be gone
+                        token_bar.show()
+            self._close_bars()
+            if self.rank == 0 and self.how_to_go_on:
+                bars = [bar.bar if isinstance(bar, TokenBar) else bar for bar in self._bars]
+                at = "".join(f" at {bar.n:,} of {bar.total:,} {_UNITS[bar.unit]}" for bar in bars)
+                os.write(2, f"stopped by {signal.Signals(number).name}{at}; {self.how_to_go_on}\n".encode())
+        finally:  # whatever became of the console
+            os._exit(0 if self._a_sibling_is_gone() else 128 + number)
 
     def _stopped(self, number: int, _frame: FrameType | None) -> None:
         if self._leaving:  # a second signal, which came in the middle of what the first one does, under its locks
@@ -203,10 +206,12 @@ class Session:
         """See to it that a signal stops this worker while its main thread, which handles signals, waits for a GPU."""
 
         def watch() -> None:
-            while not select.select([received], [], [], 1.0)[0]:
-                if self._error_file and os.getppid() != parent:  # torchrun was killed: others may have our blocks
+            number = 0
+            while number not in _STOPS:
+                if select.select([received], [], [], 1.0)[0]:
+                    number = os.read(received, 1)[0]  # of every signal that has a handler: a DataLoader's SIGCHLD too
+                elif self._error_file and os.getppid() != parent:  # torchrun was killed: others may have our blocks
                     self.leave()
-            number = os.read(received, 1)[0]
             time.sleep(_PATIENCE_SECONDS)
             if not (self._leaving or self._over or self.stopping):
                 threading.Thread(target=self._stopped, args=(number, None), daemon=True).start()
@@ -245,7 +250,9 @@ def obey_parent_only(_reader: int) -> None:
             pass
         os._exit(0)
 
-    parent = os.getppid()
+    process = multiprocessing.parent_process()
+    assert process is not None
+    parent = process.pid
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     threading.Thread(target=listen, daemon=True).start()
 

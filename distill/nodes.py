@@ -18,6 +18,9 @@ from distill.parallel import Grid
 from distill.settings import flat
 
 _PACKAGES = ("distill", "torch", "transformers", "zarr", "numcodecs", "datasets")
+PROBE = ".distill-"
+"""How the name of the file begins that nodes look for."""
+
 _PATIENCE_SECONDS = 30.0  # network file systems show new files late
 
 
@@ -63,7 +66,7 @@ def _probe(folder: Path) -> str:
     up = ""
     while not folder.is_dir():
         folder, up = folder.parent, f"../{up}"
-    return f"{up}.distill-{secrets.token_hex(4)}"
+    return f"{up}{PROBE}{secrets.token_hex(4)}"
 
 
 def _join(folder: Path, probe: str) -> Path:

@@ -150,16 +150,18 @@ class Grid:
         import torch.distributed as dist
 
         on_gpu = device.type == "cuda"
-        store = dist.PrefixStore(name, shared_store(self.rank, self.world_size) if self.launched else dist.HashStore())
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=ranks.index(self.rank),
-            world_size=len(ranks),
-            # NCCL ends a process without saying who hangs, so that the watch is to be first.
-            timeout=timedelta(seconds=timeout_seconds + (12 * GRACE_SECONDS if on_gpu else 0)),
-        )
+        # A connection of its own: waiting inside the store would keep the board from the watch.
+        shared: Any = shared_store(self.rank, self.world_size) if self.launched else dist.HashStore()
+        store = dist.PrefixStore(name, shared.clone())
         try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=store,
+                rank=ranks.index(self.rank),
+                world_size=len(ranks),
+                # NCCL ends a process without saying who hangs, so that the watch is to be first.
+                timeout=timedelta(seconds=timeout_seconds + (12 * GRACE_SECONDS if on_gpu else 0)),
+            )
             yield
         except RuntimeError as error:
             text = str(error)
@@ -169,6 +171,8 @@ class Grid:
                 raise
             logger.warning("lost the other workers: %s", first_line(error), extra={"console": False})
             silent = self._silent_peers(Board(store), ranks)
+            if not silent:
+                raise
             what = f"has not answered for {timeout_seconds:g} s (timeout_seconds)" if "imed out" in text else "is gone"
             raise PeerError(f"worker {', '.join(map(str, silent))} {what}", silent) from error
         dist.destroy_process_group()  # not after an error: it may wait for operations that never end

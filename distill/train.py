@@ -27,7 +27,7 @@ from distill.config import TrainConfig
 from distill.errors import ConfigError, StoreError
 from distill.fingerprint import differences
 from distill.log import Session, obey_parent_only
-from distill.nodes import check_nodes
+from distill.nodes import PROBE, check_nodes
 from distill.parallel import Grid, gradients_summed, refuse_other_launchers, wrap
 from distill.settings import help_text, load, to_yaml
 
@@ -90,7 +90,11 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
                 f"output: {output} has another run's checkpoints; choose another folder, or delete it:\n  "
                 + "\n  ".join(differing)
             )
-    elif output.is_dir() and any(output.iterdir()) and not (output / "metrics.jsonl").is_file():
+    elif (
+        output.is_dir()
+        and any(not entry.name.startswith(PROBE) for entry in output.iterdir())
+        and not (output / "metrics.jsonl").is_file()
+    ):
         raise ConfigError(
             f"output: expected a new or empty folder, or one of an earlier run, found other files in {output}"
         )
@@ -153,14 +157,15 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
             scheduler.step()
             step += 1
             metrics.add({"step": step, "loss": mean, "tokens": tokens, "learning_rate": rate, "grad_norm": norm})
-            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
-            bar.update()
             last = step == total_steps
             stopping = summed(float(session.stopping is not None), device) > 0  # a signal may reach one worker only
             if len(held_out) and (last or step % config.evaluation.every == 0):
                 measure(step)
             if last or stopping or step % config.checkpoint_every == 0:
+                watch.rest()
                 checkpoint.save(output / "checkpoints", step, settings, module, optimizer, scheduler)
+            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
+            bar.update()  # after the checkpoint, which a console that is gone must not prevent
             if stopping and not last:
                 dist.barrier()  # the checkpoint is in its place
                 session.how_to_go_on = f"a checkpoint of step {step} is there, and the same command goes on from it"
