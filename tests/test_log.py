@@ -75,3 +75,13 @@ def test_a_signal_stops_a_worker_whatever_it_does(program: str, most: float, num
     assert process.wait(timeout=30) == 128 + number
     assert time.monotonic() - sent < most
     process.stdout.close()
+
+
+def test_a_child_that_ends_is_no_signal_to_stop() -> None:
+    """A DataLoader handles SIGCHLD, and every signal with a handler wakes the thread that watches for stops."""
+    program = "import signal, subprocess, time; from distill.log import Session; Session(0); "
+    program += "signal.signal(signal.SIGCHLD, lambda *_: None); subprocess.run(['true']); time.sleep(8); print('there')"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, "there\n")

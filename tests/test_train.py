@@ -104,6 +104,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
         os.kill(process, signal.SIGKILL)
     launcher.communicate()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
+    (tmp_path / "killed" / "checkpoints" / "step_99.partial").mkdir()  # cut off in the middle
     resumed = train(tmp_path, 2, *arguments, "output=killed")
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 0 of" not in resumed.stderr
