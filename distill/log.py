@@ -14,6 +14,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import select
 import signal
 import sys
@@ -27,7 +28,9 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from distill import progress
 from distill.errors import PeerError, UserError
+from distill.progress import TokenBar
 
 TAIL_LINES = 10
 _TAIL_BYTES = 1 << 14
@@ -91,7 +94,7 @@ class Session:
             for descriptor in (1, 2):
                 os.dup2(file.descriptor(), descriptor)
 
-    def bar(self, total: int, initial: int, read: Callable[[], tuple[int, str]]) -> "TokenBar":
+    def bar(self, total: int, initial: int, read: Callable[[], tuple[int, str]]) -> TokenBar:
         """A progress bar over tokens that shows itself on worker 0 only; see TokenBar."""
         bar = TokenBar(total, initial, read, visible=self.rank == 0)
         self._bars.append(bar)
@@ -99,7 +102,7 @@ class Session:
 
     def step_bar(self, total: int, initial: int, name: str) -> "tqdm[NoReturn]":
         """A progress bar over steps, for the caller to update; visible on worker 0 only."""
-        bar = _tqdm(total, initial, name, "step", visible=self.rank == 0)
+        bar = progress.bar(total, initial, name, "step", visible=self.rank == 0)
         self._bars.append(bar)
         return bar
 
@@ -111,6 +114,7 @@ class Session:
         except UserError as error:
             if self.rank > 0:  # worker 0 has very likely met the same error; let it speak first, and alone
                 time.sleep(5)
+            self._await_siblings()
             self._close_bars()
             self._say(f"error: {error}")
             return 2
@@ -228,16 +232,37 @@ class Session:
 
     def _a_sibling_is_gone(self) -> bool:
         """Whether torchrun stops this worker because of another's failure, rather than somebody this worker alone."""
-        parent = os.getppid()
-        try:
-            siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        except OSError:
-            return False
-        return self._error_file is not None and len(siblings) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        siblings = _siblings() if self._error_file else None
+        return siblings is not None and len(siblings) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def _await_siblings(self) -> None:
+        """Let those that still start get ready for SIGTERM, or torchrun, which sends it next, lists them as failed."""
+        limit = time.monotonic() + _PATIENCE_SECONDS
+        while self._error_file and time.monotonic() < limit and not all(map(_is_ready, _siblings() or ())):
+            time.sleep(0.1)
 
     def _close_bars(self) -> None:
         for bar in self._bars:
             bar.close()
+
+
+def _siblings() -> list[str] | None:
+    """The process ids of torchrun's workers on this node, this one's among them; None where /proc does not tell."""
+    parent = os.getppid()
+    try:
+        return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:
+        return None
+
+
+def _is_ready(pid: str) -> bool:
+    """Whether a process catches or ignores SIGTERM, or is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    masks = re.findall(r"^Sig(?:Cgt|Ign):\s*(\w+)", status, re.MULTILINE)
+    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
 def obey_parent_only(_reader: int) -> None:
@@ -266,54 +291,6 @@ def _end_of(log: Path, start: int = 0) -> str:
     except OSError as error:
         tail = [f"(unreadable: {error.strerror})"]
     return "\n".join([f"the end of its log, {log.absolute()}:", *(f"  {line}" for line in tail or ["(empty)"])])
-
-
-class TokenBar:
-    """Tokens of all workers together, polled twice a second from `read`, which returns (tokens, postfix)."""
-
-    def __init__(self, total: int, initial: int, read: Callable[[], tuple[int, str]], visible: bool) -> None:
-        self.bar = _tqdm(total, initial, "teacher", "tok", visible, unit_scale=True)
-        self._initial, self._read = initial, read
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        if visible:
-            self._thread.start()
-
-    def _poll(self) -> None:
-        with contextlib.suppress(RuntimeError):  # torchrun and its store are gone: the run is ending
-            while not self._closed.wait(0.5):
-                self.show()
-
-    def show(self) -> None:
-        """Show the latest figures."""
-        tokens, postfix = self._read()
-        self.bar.set_postfix_str(postfix, refresh=False)
-        self.bar.update(self._initial + tokens - self.bar.n)
-
-    def finish(self) -> None:
-        """Show the last figures and close."""
-        if not self.bar.disable:
-            self.show()
-        self.close()
-
-    def close(self) -> None:
-        """Close, leaving what is shown. May be called twice."""
-        self._closed.set()
-        self.bar.close()
-
-
-def _tqdm(total: int, initial: int, name: str, unit: str, visible: bool, unit_scale: bool = False) -> "tqdm[NoReturn]":
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=name,
-        unit=unit,
-        unit_scale=unit_scale,
-        disable=not visible,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        file=sys.stderr,
-        dynamic_ncols=True,
-    )
 
 
 class _ReportingHandler(logging.FileHandler):

@@ -124,19 +124,21 @@ def _main(folder: Path, arguments: Sequence[str], variables: dict[str, str], con
 
 
 def generate(
-    folder: Path, *arguments: str, workers: int | None = None, timeout: float = 240
+    folder: Path, *arguments: str, workers: int | None = None, timeout: float = 240, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run distill.generate in `folder`, to its end. A time-out here is a deadlock of the workers.
 
-    Without torchrun it is forked from a process that has imported what takes long.
+    Without torchrun it is forked from a process that has imported what takes long, before it sees `variables`.
     """
     if workers is not None:
         return subprocess.run(
-            command(workers, arguments), cwd=folder, env=environment(), capture_output=True, text=True,
+            command(workers, arguments), cwd=folder, env={**environment(), **variables}, capture_output=True, text=True,
             timeout=timeout, check=False,
         )  # fmt: skip
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        process = _SERVER.Process(target=_main, args=(folder, arguments, environment(), (out.name, err.name)))
+        process = _SERVER.Process(
+            target=_main, args=(folder, arguments, {**environment(), **variables}, (out.name, err.name))
+        )
         with mock.patch.dict(os.environ, environment()):
             process.start()
         process.join(timeout)

@@ -120,8 +120,12 @@ def test_other_weights_and_data_are_another_run(inputs: dict[str, Path], tmp_pat
 
 
 def test_bad_input_under_torchrun_is_told_once(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """By worker 0 alone, even while another has not finished starting."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '2': time.sleep(2)\n")
+    path = f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"
     for argument in ("capture.k=many", f"dataset.path={inputs['root']}/empty.jsonl"):
-        ran = generate(tmp_path, f"teacher.model={inputs['llama']}", argument, "store.path=x.zarr", workers=3)
+        arguments = [f"teacher.model={inputs['llama']}", argument, "store.path=x.zarr"]
+        ran = generate(tmp_path, *arguments, workers=3, PYTHONPATH=path)
         assert ran.returncode != 0
         assert ran.stderr.count("error: ") == 1, ran.stderr
         assert "exitcode  : 2" in ran.stderr
