@@ -21,7 +21,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -265,21 +267,35 @@ def _is_ready(pid: str) -> bool:
     return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Start a DataLoader's processes in this, with `obey_parent_only`: a signal does not reach them before that."""
+    resource_tracker.ensure_running()  # its start unblocks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def obey_parent_only(_reader: int) -> None:
     """For a DataLoader's processes: SLURM and torchrun signal them too, but only their parent is to stop them."""
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    if not hasattr(signal, "sigtimedwait"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         return
 
-    def listen() -> None:
-        while signal.sigwaitinfo(_STOPS).si_pid != parent:
-            pass
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def listen(parent: BaseProcess) -> None:
+        while parent.is_alive():  # torch asks for the process above it, which, of a forkserver, lives on
+            came = signal.sigtimedwait(_STOPS, 1.0)
+            if came is not None and came.si_pid == parent.pid:
+                break
         os._exit(0)
 
-    process = multiprocessing.parent_process()
-    assert process is not None
-    parent = process.pid
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=listen, args=[parent], daemon=True).start()
 
 
 def _end_of(log: Path, start: int = 0) -> str:

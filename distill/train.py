@@ -26,7 +26,7 @@ from distill import __version__
 from distill.config import TrainConfig
 from distill.errors import ConfigError, StoreError
 from distill.fingerprint import differences
-from distill.log import Session, obey_parent_only
+from distill.log import Session, obey_parent_only, signals_blocked
 from distill.nodes import PROBE, check_nodes
 from distill.parallel import Grid, gradients_summed, refuse_other_launchers, wrap
 from distill.settings import help_text, load, to_yaml
@@ -252,7 +252,9 @@ def micro_batches_from(
     while True:
         batches.set_epoch(epoch, within * config.batch.accumulate)
         try:
-            for batch in loader:
+            with signals_blocked():
+                iterator = iter(loader)
+            for batch in iterator:
                 yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
         except StoreError as error:  # from a reader, with the reader's traceback for a message
             raise StoreError(str(error).strip().rpartition("StoreError: ")[2]) from error

@@ -6,7 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "distill"
 MAY_IMPORT = {
     "errors": set(),
-    "log": {"errors"},
+    "progress": set(),
+    "log": {"errors", "progress"},
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "device": {"errors"},

@@ -1,5 +1,6 @@
 """distill.train, launched for real."""
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,10 @@ def train(folder: Path, workers: int, *arguments: str) -> subprocess.CompletedPr
         command(workers, arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
         check=False,
     )  # fmt: skip
+
+
+def descendants(pid: int) -> list[int]:
+    return [process for child in children(pid) for process in (child, *descendants(child))]
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
@@ -75,9 +80,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
     assert whole.returncode == 0, whole.stderr
     assert "KL to teacher" in whole.stderr
 
-    def begin(until: int) -> subprocess.Popen[str]:
+    def begin(until: int, *changes: str) -> subprocess.Popen[str]:
         launcher = subprocess.Popen(
-            command(2, [*arguments, "output=killed"]),
+            command(2, [*arguments, "output=killed", *changes]),
             cwd=tmp_path,
             env=environment(),
             stderr=subprocess.PIPE,
@@ -90,9 +95,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
             time.sleep(0.02)
         return launcher
 
-    launcher = begin(5)
+    launcher = begin(5, f"store.path=file://{small_store}")  # forkserver
+    processes = descendants(launcher.pid)
+    assert len(processes) >= 2 + 2 * 3  # each worker's reader, forkserver and resource tracker
     for _ in range(2):  # as SLURM does
-        launcher.send_signal(signal.SIGTERM)
+        for process in [launcher.pid, *processes]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
     _, console = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
     told = re.search(r"stopped by SIGTERM at (\d+) of 24 steps; a checkpoint of step \1 is there, and", console)
