@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.support import WORDS, command, environment, generate, save_model, tree
+from tests.support import WORDS, command, environment, generate, save_model, tree, wait_for
 
 VICTIMS = ("one worker", "worker 0", "all workers", "torchrun and all workers")
 
@@ -48,6 +48,22 @@ def kill(launcher: subprocess.Popen[bytes], victim: str, rng: random.Random) -> 
         except ProcessLookupError:
             continue
     return True
+
+
+def freeze(launcher: subprocess.Popen[bytes]) -> None:
+    """Stop the second of two workers until the first has left for it."""
+    first, second = sorted(children(launcher.pid))
+    os.kill(second, signal.SIGSTOP)
+    wait_for(lambda: is_over(first))
+    os.kill(second, signal.SIGCONT)  # so that torchrun may stop it, which else takes 30 s
+
+
+def is_over(pid: int) -> bool:
+    """Whether a process is gone, or has only to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def committed(store: Path) -> int:

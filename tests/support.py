@@ -3,10 +3,12 @@
 import hashlib
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -144,6 +146,25 @@ def generate(
         process.join(timeout)
         assert process.exitcode is not None, err.read()
         return subprocess.CompletedProcess(command(None, arguments), process.exitcode, out.read(), err.read())
+
+
+def wait_for(happened: Callable[[], object], said: Callable[[], object] = str, seconds: float = 120) -> None:
+    """Until `happened` returns something true; fails after so many seconds, with what `said` returns."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.05)
+
+
+def has(file: Path, text: str) -> bool:
+    """Whether there is such a file, and this text in it."""
+    return file.is_file() and text in file.read_text()
+
+
+def blocks_logged(folder: Path) -> list[int]:
+    """The blocks that the workers' logs in `folder` say were committed, ascending, with repetitions."""
+    logs = "".join(log.read_text() for log in sorted((folder / "logs").glob("worker_*.log")))
+    return sorted(int(block) for block in re.findall(r"block (\d+) is committed", logs))
 
 
 def tree(folder: Path) -> dict[str, str]:

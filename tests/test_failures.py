@@ -5,15 +5,24 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kills import children
-from tests.support import build_model, command, environment, generate, make_tokenizer, save_model, tree
+from tests.kills import children, freeze
+from tests.support import (
+    build_model,
+    command,
+    environment,
+    generate,
+    has,
+    make_tokenizer,
+    save_model,
+    tree,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +202,7 @@ def test_a_worker_that_is_killed(
         launcher = subprocess.Popen(
             command(2, arguments), cwd=tmp_path, env=environment(), stdout=console, stderr=console
         )
-        deadline = time.monotonic() + 120
-        while (tmp_path / "logs" / f"worker_{rank}.log").is_file() is False or (
-            "is committed" not in (tmp_path / "logs" / f"worker_{rank}.log").read_text()
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: has(tmp_path / "logs" / f"worker_{rank}.log", "is committed"))
         os.kill(sorted(children(launcher.pid))[rank], signal.SIGKILL)
         assert launcher.wait(timeout=60) == 1
     console_text = (tmp_path / "console").read_text()
@@ -214,16 +218,9 @@ def test_a_worker_that_hangs(texts: Callable[[int], Path], model_folder: Callabl
         launcher = subprocess.Popen(
             command(2, arguments), cwd=tmp_path, env=environment(), stdout=console, stderr=console
         )
-    log, deadline = tmp_path / "logs" / "worker_1.log", time.monotonic() + 120
-    while not log.is_file() or "is committed" not in log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    first, stuck = sorted(children(launcher.pid))
-    os.kill(stuck, signal.SIGSTOP)
-    while Path(f"/proc/{first}/stat").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(stuck, signal.SIGCONT)  # so that it may be stopped, which torchrun would take 30 s to enforce
+    log = tmp_path / "logs" / "worker_1.log"
+    wait_for(lambda: has(log, "is committed"))
+    freeze(launcher)
     assert launcher.wait(timeout=60) == 1
     text = (tmp_path / "console").read_text()
     assert "worker 1 has made no progress for 4 s (timeout_seconds)" in text

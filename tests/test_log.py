@@ -64,7 +64,7 @@ session.run(body)
 """
 
 
-@pytest.mark.parametrize(("program", "most"), [(BLOCKED, 10), (WAITING, 2), (GRACEFUL, 4), (AGAIN, 4), (LOCKED, 10)])
+@pytest.mark.parametrize(("program", "most"), [(BLOCKED, 10), (WAITING, 3), (GRACEFUL, 10), (AGAIN, 5), (LOCKED, 10)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_worker_whatever_it_does(program: str, most: float, number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, text=True)

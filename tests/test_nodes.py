@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +19,8 @@ from distill.config import CaptureConfig, GenerateConfig
 from distill.errors import UserError
 from distill.nodes import check_nodes
 from distill.parallel import Grid
-from tests.kills import children
-from tests.support import environment, generate, tree
+from tests.kills import children, committed
+from tests.support import blocks_logged, environment, generate, has, tree, wait_for
 
 
 def both(configs: list[GenerateConfig], folder: str) -> None:
@@ -78,13 +77,6 @@ def kill(torchrun: subprocess.Popen[str]) -> None:
     torchrun.wait()
 
 
-def wait_for(folder: Path, what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < deadline, consoles(folder)
-        time.sleep(0.02)
-
-
 def consoles(*folders: Path) -> list[str]:
     return [file.read_text() for folder in folders for file in sorted(folder.glob("console_*"))]
 
@@ -101,7 +93,7 @@ def test_two_nodes_make_the_store_of_one(
     ways = [*arguments, "parallel.mode=pipeline", "parallel.shard_size=2"]
     port, nodes = free_port(), ["--nnodes", "2", "--nproc_per_node", "2", "--max-restarts", "1"]
     running = [node(tmp_path, port, ways, *nodes) for _ in range(2)]
-    wait_for(tmp_path, lambda: len(list(tmp_path.glob("x.zarr/commits/c/*"))) > 3)
+    wait_for(lambda: committed(tmp_path / "x.zarr") > 3, lambda: consoles(tmp_path))
     os.kill(max(children(running[1].pid)), signal.SIGKILL)
     assert [process.wait(timeout=240) for process in running] == [0, 0], consoles(tmp_path)
     assert sorted("tokens/s" in console for console in consoles(tmp_path)) == [False, True]
@@ -109,7 +101,7 @@ def test_two_nodes_make_the_store_of_one(
     logs = [(tmp_path / "logs" / f"worker_{rank}.{socket.gethostname()}.log").read_text() for rank in range(4)]
     for rank, log in enumerate(logs):
         assert log.count(f"this worker is replica {rank // 2} of 2, shard rank {rank % 2} of 2") == 2
-    blocks = [int(block) for block in re.findall(r"block (\d+) is committed", "".join(logs))]
+    blocks = blocks_logged(tmp_path)
     assert len(blocks) == len({*blocks})
     (tmp_path / "alone").mkdir()
     alone = generate(tmp_path / "alone", *arguments)
@@ -151,29 +143,28 @@ def test_a_node_joins_and_dies_and_the_rest_goes_on(
     elastic += ["--rdzv_conf", "last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=4"]
 
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else a node that joins waits in vain (torch 2.13)
-    port, logs = free_port(), tmp_path / "logs"
+    port = free_port()
     first = node(tmp_path, port, [*arguments, "timeout_seconds=4"], *elastic, **own_store)
     running = [first]
     try:
-        wait_for(tmp_path, lambda: len(list(tmp_path.glob("x.zarr/commits/c/*"))) > 3)
+        wait_for(lambda: committed(tmp_path / "x.zarr") > 3, lambda: consoles(tmp_path))
         [worker] = children(first.pid)
         os.kill(worker, signal.SIGSTOP)  # or it would be done before the second node is there
         second = node(tmp_path, port, [*arguments, "timeout_seconds=4"], *elastic, **own_store)
         running.append(second)
         pending = re.compile(r"ShdPnd:\s*(\w+)")
-        wait_for(
-            tmp_path, lambda: int(pending.findall(Path(f"/proc/{worker}/status").read_text())[0], 16) >> 14 & 1
-        )  # SIGTERM
+        stopped = Path(f"/proc/{worker}/status")
+        wait_for(lambda: int(pending.findall(stopped.read_text())[0], 16) >> (signal.SIGTERM - 1) & 1)
         os.kill(worker, signal.SIGCONT)
-        theirs = logs / f"worker_1.{socket.gethostname()}.log"
-        wait_for(tmp_path, lambda: theirs.exists() and "is committed" in theirs.read_text())
+        theirs = tmp_path / "logs" / f"worker_1.{socket.gethostname()}.log"
+        wait_for(lambda: has(theirs, "is committed"), lambda: consoles(tmp_path))
         kill(second)
         assert first.wait(timeout=240) == 0, consoles(tmp_path)
     finally:
         for torchrun in running:
             if torchrun.poll() is None:  # a failure of the test
                 kill(torchrun)
-    blocks = [int(block) for log in logs.glob("*.log") for block in re.findall(r"block (\d+) is comm", log.read_text())]
+    blocks = blocks_logged(tmp_path)
     assert len(blocks) == len({*blocks})
     (tmp_path / "alone").mkdir()
     alone = generate(tmp_path / "alone", *arguments)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import environment, generate, tree
+from tests.kills import committed
+from tests.support import environment, generate, has, tree, wait_for
 
 SBATCH = Path(__file__).parent.parent / "launch" / "slurm.sbatch"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -123,10 +124,9 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
     for node in ("n1", "n2"):
         found.run("slurmd", "-N", node)
     try:
-        deadline = time.monotonic() + 60
-        while found.run("sinfo", "-h", "-N", "-o", "%t").split() != ["idle", "idle"]:
-            assert time.monotonic() < deadline, found.run("sinfo")
-            time.sleep(0.2)
+        wait_for(
+            lambda: found.run("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"], lambda: found.run("sinfo")
+        )
         yield found
     finally:
         for file in root.glob("*.pid"):
@@ -142,20 +142,13 @@ def console(folder: Path, job: str) -> str:
     return (folder / f"distill-{job}.out").read_text()
 
 
-def committed(folder: Path) -> int:
-    return len(list(folder.glob("x.zarr/commits/c/*")))
-
-
 def test_two_nodes_are_preempted_and_go_on(
     cluster: Cluster, model_folder: Callable[[str], Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """Signalled as before the end of its time, queued again, done: the bytes are those of an undisturbed run."""
     arguments = settings(model_folder("llama"), texts(100))
     job = cluster.submit(tmp_path, "distill.generate", *arguments)
-    deadline = time.monotonic() + 120
-    while committed(tmp_path) < 3:
-        assert time.monotonic() < deadline, console(tmp_path, job)
-        time.sleep(0.05)
+    wait_for(lambda: committed(tmp_path / "x.zarr") >= 3, lambda: console(tmp_path, job))
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     said = console(tmp_path, job)
@@ -194,11 +187,8 @@ def test_a_killed_worker_a_cancelled_job_and_the_end(
     arguments = settings(model_folder("llama"), texts(100))
 
     def begin() -> str:
-        before, job = committed(tmp_path), cluster.submit(tmp_path, "distill.generate", *arguments)
-        deadline = time.monotonic() + 120
-        while committed(tmp_path) < before + 3:
-            assert time.monotonic() < deadline, console(tmp_path, job)
-            time.sleep(0.05)
+        before, job = committed(tmp_path / "x.zarr"), cluster.submit(tmp_path, "distill.generate", *arguments)
+        wait_for(lambda: committed(tmp_path / "x.zarr") >= before + 3, lambda: console(tmp_path, job))
         return job
 
     job = begin()
@@ -224,11 +214,7 @@ def test_training_is_preempted_and_goes_on(cluster: Cluster, small_store: Path, 
     arguments = [f"store.path={small_store}", "student.layers=1", "optimizer.steps=60", "batch.samples=4"]
     arguments += ["batch.readers=0", "evaluation.samples=20", "checkpoint_every=1000", "output=student"]
     job = cluster.submit(tmp_path, "distill.train", *arguments)
-    deadline = time.monotonic() + 120
-    steps = tmp_path / "student" / "metrics.jsonl"
-    while not steps.is_file() or '"loss"' not in steps.read_text():
-        assert time.monotonic() < deadline, console(tmp_path, job)
-        time.sleep(0.05)
+    wait_for(lambda: has(tmp_path / "student" / "metrics.jsonl", '"loss"'), lambda: console(tmp_path, job))
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     said = console(tmp_path, job)

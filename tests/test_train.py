@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from distill.config import OptimizerConfig, StudentConfig, TrainConfig
 from distill.errors import ConfigError
 from distill.student import Learner, build, find
 from distill.train import optimizer_of, split
-from tests.kills import children
-from tests.support import environment, save_model
+from tests.kills import children, freeze
+from tests.support import environment, has, save_model, wait_for
 
 
 def command(workers: int, arguments: Sequence[str]) -> list[str]:
@@ -88,11 +87,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
             stderr=subprocess.PIPE,
             text=True,
         )
-        deadline = time.monotonic() + 120
         saved = tmp_path / "killed" / "checkpoints"
-        while not any((saved / f"step_{step}").is_dir() for step in range(until, 25)):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: any((saved / f"step_{step}").is_dir() for step in range(until, 25)))
         return launcher
 
     launcher = begin(5, f"store.path=file://{small_store}")  # forkserver
@@ -142,16 +138,8 @@ def test_a_worker_that_hangs_is_named(small_store: Path, tmp_path: Path) -> None
     arguments += ["batch.readers=0", "evaluation.samples=0", "output=out", "timeout_seconds=4"]
     with (tmp_path / "console").open("wb") as console:
         launcher = subprocess.Popen(command(2, arguments), cwd=tmp_path, env=environment(), stderr=console)
-    steps, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
-    while not steps.is_file() or '"loss"' not in steps.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    first, stuck = sorted(children(launcher.pid))
-    os.kill(stuck, signal.SIGSTOP)
-    while Path(f"/proc/{first}/stat").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(stuck, signal.SIGCONT)  # so that it may be stopped, which torchrun would take 30 s to enforce
+    wait_for(lambda: has(tmp_path / "out" / "metrics.jsonl", '"loss"'))
+    freeze(launcher)
     assert launcher.wait(timeout=60) == 1
     said = (tmp_path / "console").read_text()
     assert "worker 1 has not answered for 4 s (timeout_seconds)" in said

@@ -1,15 +1,17 @@
 """One store from any number of workers: the same bytes, no block written twice, nothing lost after kills."""
 
 import json
-import re
+import os
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from distill.parallel import Grid
-from tests.kills import compare
-from tests.support import generate, tree
+from tests.kills import committed, compare
+from tests.support import blocks_logged, command, environment, generate, tree, wait_for
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
@@ -19,12 +21,6 @@ def test_dealt_blocks_have_one_owner(world_size: int, num_blocks: int) -> None:
     dealt = [Grid(rank=rank, world_size=world_size).deal(blocks) for rank in range(world_size)]
     assert sorted(block for share in dealt for block in share) == blocks
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-
-
-def committed(folder: Path) -> list[int]:
-    """The blocks that the workers' logs say were committed, with repetitions."""
-    logs = "".join(log.read_text() for log in sorted((folder / "logs").glob("worker_*.log")))
-    return sorted(int(block) for block in re.findall(r"block (\d+) is committed", logs))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +42,7 @@ def test_bytes_do_not_depend_on_the_workers(
         expected = expected or found
         assert found == expected
         blocks = len([name for name in found if name.startswith("commits/c/")])
-        assert committed(folder) == list(range(blocks))
+        assert blocks_logged(folder) == list(range(blocks))
     if count == 24:
         assert all(blocks % workers for workers in (2, 3, 4)), f"{blocks} blocks: choose another size"
 
@@ -78,21 +74,9 @@ def test_kills_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_no_arguments_with_and_without_torchrun(tmp_path: Path) -> None:
     """The embedded demo: begun by plain python, interrupted, finished by eight workers under torchrun."""
-    import os
-    import signal
-    import subprocess
-    import time
-
-    from tests.support import command, environment
-
-    commits = tmp_path / "outputs" / "demo.zarr" / "commits" / "c"
     with (tmp_path / "console").open("wb") as console:
         alone = subprocess.Popen(command(None, []), cwd=tmp_path, env=environment(), stdout=console, stderr=console)
-        deadline = time.monotonic() + 240
-        while not (commits.is_dir() and len(list(commits.iterdir())) >= 3):
-            assert alone.poll() is None, (tmp_path / "console").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for(lambda: committed(tmp_path / "outputs" / "demo.zarr") >= 3, (tmp_path / "console").read_text, 240)
         os.kill(alone.pid, signal.SIGTERM)
         assert alone.wait(timeout=30) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in (tmp_path / "console").read_text()
@@ -100,7 +84,7 @@ def test_no_arguments_with_and_without_torchrun(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     attributes = json.loads((tmp_path / "outputs" / "demo.zarr" / "zarr.json").read_text())["attributes"]
     assert attributes["complete"] is True
-    found = committed(tmp_path)
+    found = blocks_logged(tmp_path)
     assert found == sorted({*found}), "a block was written twice"
     for word in ("samples", "tokens", "bytes/token", "tokens/s", "top-64 mass", "perplexity", "store", "logs", "next"):
         assert word in ran.stderr
