@@ -37,6 +37,7 @@ from distill.progress import TokenBar
 TAIL_LINES = 10
 _TAIL_BYTES = 1 << 14
 _PATIENCE_SECONDS = 3.0
+_STARTING_SECONDS = 10.0
 _GRACEFUL_SECONDS = 20.0  # torchrun kills after 30
 _UNITS = {"tok": "tokens", "step": "steps"}
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -114,9 +115,9 @@ class Session:
             body()
             return 0
         except UserError as error:
+            self._await_siblings()
             if self.rank > 0:  # worker 0 has very likely met the same error; let it speak first, and alone
                 time.sleep(5)
-            self._await_siblings()
             self._close_bars()
             self._say(f"error: {error}")
             return 2
@@ -239,7 +240,7 @@ class Session:
 
     def _await_siblings(self) -> None:
         """Let those that still start get ready for SIGTERM, or torchrun, which sends it next, lists them as failed."""
-        limit = time.monotonic() + _PATIENCE_SECONDS
+        limit = time.monotonic() + _STARTING_SECONDS
         while self._error_file and time.monotonic() < limit and not all(map(_is_ready, _siblings() or ())):
             time.sleep(0.1)
 
