@@ -12,18 +12,14 @@ stops because another one failed leave with status 0, so that only the culprit i
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
-import re
 import select
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -32,6 +28,7 @@ from tqdm import tqdm
 
 from distill import progress
 from distill.errors import PeerError, UserError
+from distill.processes import STOPS, is_ready, siblings
 from distill.progress import TokenBar
 
 TAIL_LINES = 10
@@ -40,7 +37,6 @@ _PATIENCE_SECONDS = 3.0
 _STARTING_SECONDS = 10.0
 _GRACEFUL_SECONDS = 20.0  # torchrun kills after 30
 _UNITS = {"tok": "tokens", "step": "steps"}
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LINE = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -64,7 +60,7 @@ class Session:
         self._log_start = 0
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._bars: list[TokenBar | tqdm[NoReturn]] = []
-        for name in _STOPS:
+        for name in STOPS:
             signal.signal(name, self._stopped)
         self._stop_even_if_blocked()
 
@@ -135,7 +131,7 @@ class Session:
             return 1
         finally:  # a SIGTERM while the interpreter ends, which resets handlers but not this, is no failure
             self._over = True
-            for name in _STOPS:
+            for name in STOPS:
                 signal.signal(name, signal.SIG_IGN)
 
     def abort(self, error: PeerError) -> NoReturn:
@@ -214,7 +210,7 @@ class Session:
 
         def watch() -> None:
             number = 0
-            while number not in _STOPS:
+            while number not in STOPS:
                 if select.select([received], [], [], 1.0)[0]:
                     number = os.read(received, 1)[0]  # of every signal that has a handler: a DataLoader's SIGCHLD too
                 elif self._error_file and os.getppid() != parent:  # torchrun was killed: others may have our blocks
@@ -235,68 +231,18 @@ class Session:
 
     def _a_sibling_is_gone(self) -> bool:
         """Whether torchrun stops this worker because of another's failure, rather than somebody this worker alone."""
-        siblings = _siblings() if self._error_file else None
-        return siblings is not None and len(siblings) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        pids = siblings() if self._error_file else None
+        return pids is not None and len(pids) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def _await_siblings(self) -> None:
         """Let those that still start get ready for SIGTERM, or torchrun, which sends it next, lists them as failed."""
         limit = time.monotonic() + _STARTING_SECONDS
-        while self._error_file and time.monotonic() < limit and not all(map(_is_ready, _siblings() or ())):
+        while self._error_file and time.monotonic() < limit and not all(map(is_ready, siblings() or ())):
             time.sleep(0.1)
 
     def _close_bars(self) -> None:
         for bar in self._bars:
             bar.close()
-
-
-def _siblings() -> list[str] | None:
-    """The process ids of torchrun's workers on this node, this one's among them; None where /proc does not tell."""
-    parent = os.getppid()
-    try:
-        return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    except OSError:
-        return None
-
-
-def _is_ready(pid: str) -> bool:
-    """Whether a process catches or ignores SIGTERM, or is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return True
-    masks = re.findall(r"^Sig(?:Cgt|Ign):\s*(\w+)", status, re.MULTILINE)
-    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Start a DataLoader's processes in this, with `obey_parent_only`: a signal does not reach them before that."""
-    resource_tracker.ensure_running()  # its start unblocks
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def obey_parent_only(_reader: int) -> None:
-    """For a DataLoader's processes: SLURM and torchrun signal them too, but only their parent is to stop them."""
-    if not hasattr(signal, "sigtimedwait"):  # macOS
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        return
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def listen(parent: BaseProcess) -> None:
-        while parent.is_alive():  # torch asks for the process above it, which, of a forkserver, lives on
-            came = signal.sigtimedwait(_STOPS, 1.0)
-            if came is not None and came.si_pid == parent.pid:
-                break
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    threading.Thread(target=listen, args=[parent], daemon=True).start()
 
 
 def _end_of(log: Path, start: int = 0) -> str:

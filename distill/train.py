@@ -26,9 +26,10 @@ from distill import __version__
 from distill.config import TrainConfig
 from distill.errors import ConfigError, StoreError
 from distill.fingerprint import differences
-from distill.log import Session, obey_parent_only, signals_blocked
+from distill.log import Session
 from distill.nodes import PROBE, check_nodes
 from distill.parallel import Grid, gradients_summed, refuse_other_launchers, wrap
+from distill.processes import obey_parent_only, signals_blocked
 from distill.settings import help_text, load, to_yaml
 
 if TYPE_CHECKING:

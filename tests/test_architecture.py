@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "distill"
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
-    "log": {"errors", "progress"},
+    "processes": set(),
+    "log": {"errors", "processes", "progress"},
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "device": {"errors"},
@@ -52,6 +53,7 @@ MAY_IMPORT = {
     "train": {
         "errors",
         "log",
+        "processes",
         "nodes",
         "config",
         "settings",
