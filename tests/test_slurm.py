@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.config import GenerateConfig
+from distill.settings import load
 from tests.kills import committed
 from tests.support import environment, generate, has, tree, wait_for
 
@@ -154,6 +156,9 @@ def test_two_nodes_are_preempted_and_go_on(
     said = console(tmp_path, job)
     assert cluster.state(job) == "COMPLETED", said
     assert "restart 0: 2 node(s) of 1 worker(s): distill.generate" in said
+    (resolved,) = tmp_path.rglob("config.yaml")
+    assert resolved == tmp_path / "logs" / job / "config.yaml"
+    assert load(GenerateConfig, [str(resolved)]) == load(GenerateConfig, [*arguments, f"log_dir=logs/{job}"])
     assert "stopped by SIGTERM at" in said
     assert "queued again" in said
     assert "restart 1: 2 node(s)" in said

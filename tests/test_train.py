@@ -115,6 +115,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
     assert "from step 0 of" not in resumed.stderr
     for file in ("metrics.jsonl", "model.safetensors"):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert any((tmp_path / "killed" / "tensorboard").iterdir())
     kept = sorted(entry.name for entry in (tmp_path / "killed" / "checkpoints").iterdir())
     assert kept == ["step_20", "step_24"]
 
