@@ -3,18 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.cache import TeacherCache as TeacherCache
-    from distill.loss import DistillationLoss as DistillationLoss
-    from distill.samples import collate as collate
+    from distill.reading.cache import TeacherCache as TeacherCache
+    from distill.reading.samples import collate as collate
+    from distill.student.loss import DistillationLoss as DistillationLoss
 
 __version__ = "0.1.0"
 __all__ = ["DistillationLoss", "TeacherCache", "__version__", "collate"]
 
-_HOMES = {"TeacherCache": "distill.cache", "DistillationLoss": "distill.loss", "collate": "distill.samples"}
+_HOMES = {
+    "TeacherCache": "distill.reading.cache",
+    "collate": "distill.reading.samples",
+    "DistillationLoss": "distill.student.loss",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for: torch and zarr take seconds, which --help should not."""
+    """Import a public name when it is first used: torch and zarr take seconds, which --help should not."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

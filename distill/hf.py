@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer
 
-from distill.cache import TeacherCache
 from distill.config import TeacherConfig
 from distill.errors import ConfigError
-from distill.loss import DistillationLoss
-from distill.samples import Batch, Sample, collate, empty_sample
-from distill.student import check, sees_neighbours
+from distill.reading.cache import TeacherCache
+from distill.reading.samples import Batch, Sample, collate, empty_sample
+from distill.student.loss import DistillationLoss
+from distill.student.model import check, sees_neighbours
 from distill.teacher.source import Source
 
 

@@ -1,43 +1,47 @@
-"""Show what a store holds, at a glance.
+"""Show what a store holds, or what training runs have measured, at a glance.
 
     python -m distill.inspect outputs/demo.zarr [store.options.KEY=VALUE ...]
+    python -m distill.inspect outputs/student [outputs/other ...]              # held-out figures, side by side
 
-What it holds and how complete it is, from which teacher, the size of each array, and some rows in words: a token, and
-the five tokens that the teacher expects next.
+Of a store: what it holds and how complete it is, from which teacher, the size of each array, and some rows in words:
+a token, and the five tokens that the teacher expects next.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.config import GenerateConfig
-from distill.errors import ConfigError, StoreError, UserError
-from distill.report import human, mean_topk_mass, table
+from distill.errors import ConfigError, UserError
 from distill.settings import load
-from distill.store import Store
+from distill.store.store import Store
+from distill.student.metrics import is_run, side_by_side
 from distill.teacher.source import local_tokenizer
+from distill.teacher.summary import human, mean_kept_mass, table
 
-_USAGE = "usage: python -m distill.inspect STORE [store.options.KEY=VALUE ...]"
+_USAGE = "usage: python -m distill.inspect STORE [store.options.KEY=VALUE ...], or the folders of training runs"
 _SHOWN_ROWS = 8
 _SHOWN_IDS = 5
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the description of the store named by the one argument; return the exit status, 0 or 2."""
+    """Print the description of the store, or of the training runs, that are named; return the exit status, 0 or 2."""
     if {"--help", "-h"} & {*arguments}:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0
     try:
         paths = [argument for argument in arguments if "=" not in argument]
+        folders = [Path(path).expanduser() for path in paths]
+        if folders and all(map(is_run, folders)):
+            print(side_by_side(folders))
+            return 0
         if len(paths) != 1:
-            raise ConfigError(f"expected one store, found {len(paths)}; {_USAGE}")
+            raise ConfigError(f"expected one store, or folders of training runs, found {len(paths)} paths; {_USAGE}")
         options = load(GenerateConfig, [argument for argument in arguments if "=" in argument]).store.options
-        store = Store.open(paths[0], options)
-        if store is None or not store.published:
-            raise StoreError(f"store.path: found no store at {paths[0]}")
-        print(describe(store))
+        print(describe(Store.existing(paths[0], options)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,7 +66,7 @@ def describe(store: Store) -> str:
             "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
             f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
             "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}, "
-            f"mean top-k mass {mean_topk_mass(store):.4f}",
+            f"mean top-k mass {mean_kept_mass(store):.4f}",
             "layout": f"{len(commits)} blocks of {store.block_rows:,} rows",
             "size": f"{human(total)}, {total / max(1, tokens):.0f} bytes/token",
             "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
@@ -85,8 +89,8 @@ def _examples(store: Store, commits: NDArray[np.int64], words: Callable[[int], s
 
 def _example(store: Store, sample: int, start: int, length: int, words: Callable[[int], str]) -> str:
     stop = start + min(length, _SHOWN_ROWS)
-    tokens, ids = store.read_rows("tokens", start, stop), store.read_rows("topk_ids", start, stop)
-    probabilities = np.exp(store.read_rows("topk_logprobs", start, stop).astype(np.float32))
+    tokens, ids = store.read_rows("tokens", start, stop), store.read_rows("target_ids", start, stop)
+    probabilities = np.exp(store.read_rows("target_logprobs", start, stop).astype(np.float32))
     example = store.read_rows("sample_index", sample, sample + 1)[0]
     lines = [
         f"sample {sample} (example {example} of the dataset, {length} tokens): token -> what the teacher expects next"

@@ -17,4 +17,4 @@ $run distill.train configs/train_demo.yaml ${store:+"$store"} loss.alpha=0 outpu
 echo && echo "... and the same student, as many steps, from what the teacher said"
 $run distill.train configs/train_demo.yaml ${store:+"$store"} output="$outputs/distilled"
 echo
-python -m distill.metrics "$outputs/text_only" "$outputs/distilled"
+python -m distill.inspect "$outputs/text_only" "$outputs/distilled"

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-import distill.teacher
-from distill.board import shared_store
+import distill.teacher.loading
 from distill.config import GenerateConfig
 from distill.generate import generate
-from distill.log import Session
-from distill.parallel import Grid
+from distill.run.board import shared_store
+from distill.run.grid import Grid
+from distill.run.session import Session
 from distill.settings import load
-from distill.teacher import Teacher
+from distill.teacher.model import Teacher
 
 
 class Quiet(Session):
@@ -47,7 +47,7 @@ def record(found: dict[bytes, Any]) -> Any:
 
 def watched(factor: float | None, loaded: dict[str, int]) -> Any:
     """teacher.load, which also notes what was loaded, and scales one weight of a replica's last worker."""
-    own = distill.teacher.load
+    own = distill.teacher.loading.load
 
     def load(*arguments: Any) -> Any:
         model, share = own(*arguments)
@@ -64,16 +64,16 @@ def watched(factor: float | None, loaded: dict[str, int]) -> Any:
 def main(file: str) -> None:
     """Do the runs of `file`, one after the other."""
     grid = Grid.from_environment()
-    plain = distill.teacher.load, Teacher.capture
+    plain = distill.teacher.loading.load, Teacher.capture
     for run in json.loads(Path(file).read_text()):
         captured: dict[bytes, Any] = {}
         loaded: dict[str, int] = {}
         Teacher.capture = record(captured)  # type: ignore[method-assign]
-        distill.teacher.load = watched(run.get("damage"), loaded)
+        distill.teacher.loading.load = watched(run.get("damage"), loaded)
         config = load(GenerateConfig, run["arguments"])
         shared_store.cache_clear()  # a round of its own
         generate(config, grid, Quiet(grid.rank))
-        distill.teacher.load, Teacher.capture = plain  # type: ignore[method-assign]
+        distill.teacher.loading.load, Teacher.capture = plain  # type: ignore[method-assign]
         Path(f"{config.store.path}.loaded.{grid.rank}.json").write_text(json.dumps(loaded))
         if captured:
             torch.save(captured, f"{config.store.path}.captured.{grid.rank}.pt")

@@ -112,7 +112,9 @@ def command(workers: int | None, arguments: Sequence[str]) -> list[str]:
 
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["datasets", "transformers.modeling_utils", "distill.prepare", "distill.report"])
+_SERVER.set_forkserver_preload(
+    ["datasets", "transformers.modeling_utils", "distill.teacher.prepare", "distill.teacher.summary"]
+)
 
 
 def _main(folder: Path, arguments: Sequence[str], variables: dict[str, str], consoles: tuple[str, str]) -> None:

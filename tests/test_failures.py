@@ -225,7 +225,7 @@ def test_a_worker_that_hangs(texts: Callable[[int], Path], model_folder: Callabl
     text = (tmp_path / "console").read_text()
     assert "worker 1 has made no progress for 4 s (timeout_seconds)" in text
     assert f"the end of its log, {log}:" in text
-    assert "rank 1 INFO distill.worker: block" in text
+    assert "rank 1 INFO distill.teacher.worker: block" in text
 
 
 def test_other_workers_keep_off_the_console(
@@ -256,9 +256,9 @@ def test_numerical_errors_name_sample_and_position() -> None:
 
     import numpy as np
 
+    from distill.data.plan import Plan
     from distill.errors import NumericalError
-    from distill.plan import Plan
-    from distill.worker import Worker
+    from distill.teacher.worker import Worker
 
     worker = Worker.__new__(Worker)
     worker._plan = Plan(16, np.array([0, 3, 7]), np.array([3, 4, 2], np.int32))

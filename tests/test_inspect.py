@@ -54,7 +54,7 @@ def test_inspect_refuses(tmp_path: Path, texts: Callable[[int], Path]) -> None:
     for arguments, message in (
         (("nowhere.zarr",), "error: store.path: found no store at nowhere.zarr"),
         ((str(texts(4)),), "found a file"),
-        ((), "expected one store, found 0"),
+        ((), "expected one store, or folders of training runs, found 0 paths"),
     ):
         shown = inspect(tmp_path, *arguments)
         assert shown.returncode == 2

@@ -18,8 +18,9 @@ import torch
 from distill import DistillationLoss, TeacherCache
 from distill.config import OptimizerConfig, StudentConfig, TrainConfig
 from distill.errors import ConfigError
-from distill.student import Learner, build, find
-from distill.train import optimizer_of, split
+from distill.student.model import Learner, build, find
+from distill.student.optimizer import optimizer_of
+from distill.train import split
 from tests.kills import children, freeze
 from tests.support import environment, has, save_model, wait_for
 
@@ -167,12 +168,12 @@ def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None
 
 def test_a_damaged_store_is_named(small_store: Path, tmp_path: Path) -> None:
     shutil.copytree(small_store, tmp_path / "bad.zarr")
-    shard = tmp_path / "bad.zarr" / "topk_ids" / "c" / "3" / "0"
+    shard = tmp_path / "bad.zarr" / "target_ids" / "c" / "3" / "0"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
     ran = train(tmp_path, 1, "store.path=bad.zarr", "evaluation.samples=0", "batch.window_blocks=1000")
     assert ran.returncode == 2
-    assert re.search(r"^error: bad\.zarr: damaged data in topk_ids, rows 1536 to \d+", ran.stderr, re.MULTILINE)
+    assert re.search(r"^error: bad\.zarr: damaged data in target_ids, rows 1536 to \d+", ran.stderr, re.MULTILINE)
     assert "Traceback" not in ran.stderr
 
 
@@ -185,7 +186,7 @@ def test_nothing_left_to_train_on(small_store: Path) -> None:
 def test_the_schedule() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     settings = OptimizerConfig(learning_rate=1.0, warmup=0.1, weight_decay=0.5)
-    optimizer, scheduler = optimizer_of(module, TrainConfig(optimizer=settings), 100)
+    optimizer, scheduler = optimizer_of(module, settings, 100)
     decays = {weight.ndim: group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     assert decays == {1: 0.0, 2: 0.5}
     rates = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.parallel import Grid
+from distill.run.grid import Grid
 from tests.kills import committed, compare
 from tests.support import blocks_logged, command, environment, generate, tree, wait_for
 

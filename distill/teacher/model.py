@@ -1,14 +1,14 @@
-"""From tokens to float32 logits of real tokens, slice by slice, for any causal LM of transformers.
+"""From tokens to float32 logits, slice by slice, for any causal LM of transformers.
 
 B batch, T positions (padded), N real tokens of a batch, H hidden size, V vocabulary.
 
-The backbone sees right-padded ids [B, T] without a mask: attention is causal, so that padding cannot reach a real
-token. Its hidden states, padding dropped, [N, H], go through the head in slices. The head is the model's own
-``forward`` with the backbone replaced by those hidden states, so that whatever a model does to its logits
-(soft-capping, scaling) is done; only the matrix product itself is ours, since it must give float32: bfloat16 logits
-of 16 to 32 are 0.125 apart. All this is checked against the plain model when it is loaded.
+1. The backbone gets right-padded ids [B, T] without a mask. Attention is causal: padding cannot reach a real token.
+2. Padding is dropped from its hidden states: [N, H] are left, which go through the output head in slices.
+3. For each slice the model's own ``forward`` runs, with the backbone replaced by the slice. So everything that a model
+   does to its logits (soft-capping, scaling) is done. Only the matrix product is ours, since it must give float32:
+   neighbouring bfloat16 numbers between 16 and 32 differ by 0.125.
 
-The model may be spread over devices or workers; `Share` is what this file knows of that.
+All this is compared with the plain model when it is loaded. `Share` knows how a model is spread over workers.
 """
 
 import copy
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill.sparse import Captured, conclude, reduce
+from distill.teacher.capture import Captured, conclude, reduce
 from distill.teacher.share import Share
 from distill.teacher.source import Source
 
@@ -31,12 +31,12 @@ _FEWEST_SLICE_TOKENS = 256
 
 
 def slice_bytes(device: torch.device) -> int:
-    """About how much float32 logits are held at a time."""
+    """About how many bytes of float32 logits are held at a time."""
     return (256 if device.type == "cpu" else 1024) << 20
 
 
 def resolve_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """The dtype of the weights: as configured, or bfloat16 on a GPU and the checkpoint's elsewhere."""
+    """The dtype of the weights: as configured; with auto bfloat16 on a GPU, the checkpoint's elsewhere."""
     if source.config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[source.config.dtype]
     if device.type == "cuda":
@@ -47,12 +47,12 @@ def resolve_dtype(source: Source, device: torch.device) -> torch.dtype:
 class Teacher:
     """A causal language model, or this worker's share of one.
 
-    device:   where ids go
-    captures: whether what it says comes out on this worker
+    device:   where it takes ids
+    captures: whether its output is captured on this worker
     """
 
     def __init__(self, model: Any, device: torch.device, share: Share | None = None) -> None:
-        """Take over `model`, a transformers causal LM in eval mode, and check that our head is its own."""
+        """Take over `model`, a transformers causal LM in eval mode, and check our head against its own."""
         self.device = device
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self._slice_tokens = max(_FEWEST_SLICE_TOKENS, slice_bytes(device) // (4 * self.vocab_size))
@@ -63,8 +63,8 @@ class Teacher:
     def capture(self, samples: Sequence[NDArray[np.int32]], k: int, temperatures: Sequence[float]) -> Captured | None:
         """What is kept of the distributions after every token of the samples, sample after sample, on the CPU.
 
-        samples: token ids, [T_i] each, together one batch. None where another worker has it: all workers of a copy
-        are to call this with the same batches.
+        samples: token ids, [T_i] each, together one batch. All workers of a replica have to call this with the same
+        batches; the result is None on those that do not capture.
         """
         following = np.concatenate([np.append(sample[1:], -1) for sample in samples]).astype(np.int64)  # [N]
         next_ids = torch.from_numpy(following).to(self.device)
@@ -77,15 +77,15 @@ class Teacher:
         return Captured.concatenate(parts) if parts else None
 
     def close(self) -> None:
-        """Wait until the other workers of the copy have what they need of this one."""
+        """Wait until the other workers of the replica have received everything from this one."""
         self._share.flush()
 
     @torch.inference_mode()
     def logits(self, samples: Sequence[NDArray[np.int32]]) -> Iterator[Tensor]:
         """Float32 logits [n, V] of every token of the samples, sample after sample, a slice at a time.
 
-        With tensor parallelism those of this worker's shard of the vocabulary, [n, W]; in a pipeline only the last
-        stage has any. A slice is the caller's to overwrite until the next is taken, which may lie in the same memory.
+        With tensor parallelism: those of this worker's shard of the vocabulary, [n, W]. In a pipeline only the last
+        stage has logits. The caller may overwrite a slice; the next slice may use the same memory.
         """
         if not self._sliced:
             for sample in samples:
@@ -97,7 +97,7 @@ class Teacher:
             yield self._head(part)
 
     def _hidden(self, samples: Sequence[NDArray[np.int32]]) -> Tensor | None:
-        """Last hidden states of the real tokens, [N, H]; None where another worker has them."""
+        """The last hidden states of the real tokens, [N, H]; None where another worker has them."""
         ids, real = _pad(samples, self.device)
         self._output = self._share.run(self._backbone, ids)
         if self._output is None:
@@ -114,17 +114,17 @@ class Teacher:
         return logits
 
     def _plain(self, *samples: NDArray[np.int32]) -> Tensor | None:
-        """The model's own logits of the samples' tokens, padded together, [N, V] in float32; None as above."""
+        """The plain model's logits for the samples in one padded batch, [N, V] float32; None as in `_hidden`."""
         ids, real = _pad(samples, self.device)
         output = self._share.run(self._model, ids)
         return None if output is None else output.logits[real.to(output.logits.device)].float()
 
     @torch.inference_mode()
     def _split(self) -> bool:
-        """Put our head in place and compare it with the plain model; where they differ, undo it.
+        """Put our head in place, compare it with the plain model, and undo it where they differ.
 
-        On one padded batch the two must agree closely, and padding may not matter more than other batch shapes do.
-        The workers of a copy find the same, and go the same way.
+        On one padded batch both must agree closely, and padding may change the logits only as batch shapes do.
+        All workers of a replica come to the same result.
         """
         model, head = self._model, self._model.get_output_embeddings()
         rng = np.random.Generator(np.random.PCG64(0))
@@ -162,7 +162,7 @@ class Teacher:
         if hidden is not None:
             setattr(model, model.base_model_prefix, self._backbone)
             model.set_output_embeddings(head)
-        return self._fall_back(reason or "another worker of this copy found so")
+        return self._fall_back(reason or "another worker of this replica found so")
 
     def _fall_back(self, reason: str) -> bool:
         logger.warning("teacher: one sample at a time, with whole forward passes, which is slower: %s", reason)
@@ -179,7 +179,7 @@ def _pad(samples: Sequence[NDArray[np.int32]], device: torch.device) -> tuple[Te
 
 
 def _relative_difference(expected: Tensor, found: Tensor) -> float:
-    """The largest difference of logits [N, V], relative to the largest logit."""
+    """The largest difference between logits [N, V], relative to the largest logit."""
     if not torch.equal(expected.isfinite(), found.isfinite()):
         return float("inf")
     finite = expected.isfinite()
@@ -191,7 +191,7 @@ def _relative_difference(expected: Tensor, found: Tensor) -> float:
 
 
 class _Replay(nn.Module):
-    """Stands where the backbone was, and returns the output it was given."""
+    """Replaces the backbone, and returns the output that it was given."""
 
     output: Any = None
 
@@ -200,7 +200,7 @@ class _Replay(nn.Module):
 
 
 class _Float32Head(nn.Module):
-    """The output head with float32 results, whatever the dtype of its weight."""
+    """The output head, with float32 results for any dtype of its weight."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class _Float32Head(nn.Module):
         on_gpu = self.weight.device.type == "cuda"
         self._mixed = on_gpu and self.weight.dtype != torch.float32
         self._weight32 = self.weight if on_gpu else self.weight.float()  # CPU products have no mixed precision: a copy
-        # Reused on a CPU, where the fresh pages of a new tensor cost up to a tenth of the product.
+        # Reused on a CPU: there the new memory pages of a new tensor cost up to a tenth of the product's time.
         self._buffer = None if on_gpu else torch.empty(0, len(self.weight))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -226,8 +226,8 @@ class _Float32Head(nn.Module):
 
 
 def _resident(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the head as plain tensors on a device: this worker's shard, or fetched from where they lie."""
-    if head.weight.is_meta:  # offloaded by accelerate; the head is used for every slice, so it stays
+    """The head's weight and bias as plain tensors on a device: of this worker's shard, or read from where they are."""
+    if head.weight.is_meta:  # offloaded by accelerate; we keep the head here, since every slice needs it
         from accelerate.utils import align_module_device
 
         with align_module_device(head):

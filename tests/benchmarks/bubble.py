@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from distill.config import GenerateConfig
 from distill.generate import generate
-from distill.parallel import Grid
+from distill.run.board import Board, store_of
+from distill.run.grid import Grid
 from distill.settings import load
 from distill.teacher.pipeline import Stage
-from distill.worker import Worker
+from distill.teacher.worker import Worker
 from tests.sharded import Quiet
 
 waits: list[float] = []
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
     Worker.work = _measured(Worker.work)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         own = ["parallel.mode=pipeline", f"log_dir={folder}/logs"]
-        board = grid.board()
+        board = Board(store_of(grid))
         if grid.rank == 0:
             board.note("store of all", f"{folder}/x.zarr")
         own.append(f"store.path={board.wait('store of all')}")

@@ -28,16 +28,20 @@ import numpy as np
 import torch
 import transformers
 
-from distill import prepare
 from distill.config import GenerateConfig
-from distill.device import pick_device
-from distill.parallel import Grid
-from distill.plan import Plan
+from distill.data.plan import Plan
+from distill.run.board import Board, store_of
+from distill.run.device import pick_device
+from distill.run.grid import Grid
+from distill.run.watch import Watch
 from distill.settings import load
-from distill.store import Store
-from distill.teacher import Teacher, locate, resolve_dtype
-from distill.watch import Watch
-from distill.worker import Worker
+from distill.store.store import Store
+from distill.store.writable import WritableStore
+from distill.teacher import prepare
+from distill.teacher.model import Teacher, resolve_dtype, slice_bytes
+from distill.teacher.placement import Needs
+from distill.teacher.source import locate
+from distill.teacher.worker import Worker
 
 
 def samples_of(store: Store) -> Iterator[np.ndarray[Any, Any]]:
@@ -100,17 +104,18 @@ def main(arguments: list[str]) -> None:
     teacher = Teacher(copy.deepcopy(model), device)
     scratch = Path(tempfile.mkdtemp())
     at_scratch = replace(config, store=replace(config.store, path=str(scratch / "planned.zarr")))
-    planned = prepare.plan_store(at_scratch, source, {}, "any")
+    needs = Needs.of(source, dtype, config.batch.max_tokens, slice_bytes(device))
+    planned = prepare.plan_store(at_scratch, source, needs, {})
     num_tokens = planned.attributes["num_tokens"]
     print(f"{num_tokens:,} tokens, {dtype} on {device}, torch {torch.__version__}, one CPU thread")
 
     def distill() -> None:
         shutil.rmtree(scratch / "x.zarr", ignore_errors=True)
         shutil.copytree(scratch / "planned.zarr", scratch / "x.zarr")
-        store = Store.open(str(scratch / "x.zarr"), {}, writable=True)
+        store = WritableStore.open(str(scratch / "x.zarr"), {})
         assert store is not None
         missing = store.missing_blocks()
-        board, grid = Grid().board(), Grid()
+        board, grid = Board(store_of(Grid())), Grid()
         Worker(config, store, teacher, board, Watch(board, grid, 600, print), missing, missing).work()
 
     others: dict[str, Callable[[], None]] = {

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from distill import DistillationLoss
-from distill.loss import Target
-from distill.samples import Batch
+from distill.reading.samples import Batch
+from distill.student.loss import Target
 
 DEFAULTS = {"rounds": 3, "tokens": 4096, "hidden": 576, "vocabulary": 49152, "k": 64}
 
@@ -49,8 +49,8 @@ def inputs(sizes: dict[str, int], device: torch.device) -> tuple[Tensor, torch.n
     logprobs = torch.log_softmax(torch.randn(1, n, k + 1).sort(dim=2, descending=True).values, dim=2)
     first, step = torch.randint(sizes["vocabulary"], (1, n, 1)), sizes["vocabulary"] // k
     batch = {
-        "topk_ids": (first + step * torch.arange(k)) % sizes["vocabulary"],  # all different
-        "topk_logprobs": logprobs[..., :-1],
+        "target_ids": (first + step * torch.arange(k)) % sizes["vocabulary"],  # all different
+        "target_logprobs": logprobs[..., :-1],
         "tail_logprob": logprobs[..., -1:],
         "logsumexp": torch.zeros(1, n, 1),
         "next_tokens": torch.randint(sizes["vocabulary"], (1, n)),

@@ -37,10 +37,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from distill import TeacherCache, collate, plan, schema
-from distill.samples import Batch, Rows, Sample
-from distill.sparse import round_logprobs
-from distill.store import Store
+from distill import TeacherCache, collate
+from distill.data import plan
+from distill.reading.samples import Batch, Rows, Sample
+from distill.store import schema
+from distill.store.writable import WritableStore
+from distill.teacher.capture import round_logprobs
 
 K, VOCABULARY, BATCH, TOKENS = 64, 49152, 8, 500_000
 ARRAYS = ("tokens", *schema.CAPTURED)
@@ -58,8 +60,8 @@ def made_up(random: np.random.Generator, num_rows: int) -> Rows:
     logprobs = falling - np.log(np.exp(falling).sum(axis=1, keepdims=True)) + np.log1p(-tail)
     return {
         "tokens": zipf(random, num_rows),
-        "topk_ids": zipf(random, num_rows, K),
-        "topk_logprobs": round_logprobs(logprobs.astype(np.float32)),
+        "target_ids": zipf(random, num_rows, K),
+        "target_logprobs": round_logprobs(logprobs.astype(np.float32)),
         "logsumexp": random.normal(20, 3, (num_rows, 1)).astype(np.float32),
         "tail_logprob": round_logprobs(np.log(tail).astype(np.float32)),
     }
@@ -69,12 +71,12 @@ def write_store(path: Path, block_rows: int) -> list[Rows]:
     """A complete store; the samples that are in it."""
     random = np.random.default_rng(0)
     layout = plan.lay_out(random.integers(50, 1001, TOKENS // 525).astype(np.int32), block_rows)
-    store = Store.create(
+    store = WritableStore.create(
         str(path),
         {},
         attributes={"block_rows": block_rows, "complete": False, "k": K, "temperatures": [1.0]},
         specs=schema.array_specs(K, 1, loss_mask=False),
-        sizes={"row": layout.num_rows, "sample": len(layout.lengths), "block": layout.num_blocks},
+        sizes={"row": layout.num_rows, "sample": len(layout.lengths)},
         inner_rows=min(plan.INNER_ROWS, block_rows),
         codec="portable",
     )
@@ -164,7 +166,7 @@ class Lists(Samples):
 
     def write(self, samples: list[Rows]) -> None:
         """Create the folder."""
-        names = {"tokens": "int32", "topk_ids": "int32", "logsumexp": "float32"}
+        names = {"tokens": "int32", "target_ids": "int32", "logsumexp": "float32"}
         columns = {name: self._column(name, datasets.Value(names.get(name, "float16"))) for name in ARRAYS}
         made = datasets.Dataset.from_generator(
             lambda: ({name: self._value(values) for name, values in rows.items()} for rows in samples),

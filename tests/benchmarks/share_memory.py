@@ -11,9 +11,14 @@ from pathlib import Path
 
 import torch
 
-from distill import teacher
 from distill.config import TeacherConfig
-from distill.parallel import Grid
+from distill.run.board import Board, store_of
+from distill.run.grid import Grid
+from distill.run.groups import process_group
+from distill.teacher.loading import load
+from distill.teacher.model import Teacher, slice_bytes
+from distill.teacher.placement import Needs, Placement
+from distill.teacher.source import locate
 
 CPU = torch.device("cpu")
 
@@ -29,9 +34,9 @@ def main(mode: str, folder: str) -> None:
     """Load one copy on all workers of this machine, run it once, and print what each has grown by at its peak."""
     torch.set_num_threads(1)
     grid = Grid.from_environment()
-    grid, board = grid.sharded(grid.world_size), grid.board()
-    source = teacher.locate(TeacherConfig(model=folder))
-    needs = teacher.Needs.of(source, torch.float32, 1024, teacher.slice_bytes(CPU))
+    grid, board = grid.sharded(grid.world_size), Board(store_of(grid))
+    source = locate(TeacherConfig(model=folder))
+    needs = Needs.of(source, torch.float32, 1024, slice_bytes(CPU))
     peak = before = {kind: resident(kind) for kind in ("VmRSS", "RssAnon")}
     over = threading.Event()
 
@@ -42,14 +47,14 @@ def main(mode: str, folder: str) -> None:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    with grid.replica_group(CPU, 600):
-        placement = teacher.Placement(mode, grid.world_size)
-        model, share = teacher.load(source, CPU, torch.float32, placement, needs, None, Path("unused"))
+    with process_group(grid, CPU, 600):
+        placement = Placement(mode, grid.world_size)
+        model, share = load(source, CPU, placement, needs, None, Path("unused"))
         own = sum(
             (weight.to_local() if hasattr(weight, "to_local") else weight).numel() for weight in model.parameters()
         )
         board.meet("loaded", grid.world_size)
-        teacher.Teacher(model, CPU, share)
+        Teacher(model, CPU, share)
         board.meet("ran", grid.world_size)
     over.set()
     watching.join()

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from distill.metrics import evaluations, table
+from distill.student.metrics import evaluations, table
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "train_demo.yaml"
 WAYS = {"text only": 0.0, "distilled": 0.5}

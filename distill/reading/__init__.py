@@ -1,0 +1,8 @@
+"""Samples out of a store: one by one, or in shuffled batches.
+
+Nothing here needs a model. A store is read in the process that asks, when it asks.
+
+cache    TeacherCache: a store as a sequence of samples
+samples  collate, empty_sample, Sample, Batch: samples as dicts of tensors, and batches of them
+shuffle  ShuffledBatches: an epoch in random order, for any number of ranks and readers
+"""

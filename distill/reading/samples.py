@@ -1,0 +1,191 @@
+"""Samples out of a store, checked, and several of them as one batch.
+
+T tokens of a sample, K kept ids, n temperatures, B rows of a batch, L tokens of a row.
+
+A sample is a dict of tensors. Row t of each tensor is about the token that follows token t:
+
+    sample          int      its number in the store
+    tokens          [T]      int64
+    target_ids        [T, K]   int64, by descending probability
+    target_logprobs   [T, K]   float32, at temperature 1
+    logsumexp       [T, n]   float32
+    tail_logprob    [T, n]   float32
+    loss_mask       [T]      bool, only with chats: the assistant wrote the token that follows
+"""
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from distill.errors import StoreError
+from distill.store.store import Store
+
+Sample = dict[str, Any]
+Rows = dict[str, NDArray[Any]]
+Batch = dict[str, Tensor]
+
+_ROW_ARRAYS = ("tokens", "target_ids", "target_logprobs", "logsumexp", "tail_logprob", "loss_mask")
+_TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob")
+_CHUNKS_KEPT = 4
+
+
+class RowReader:
+    """Rows of a store, read in whole inner chunks. Each process that reads opens the store for itself."""
+
+    def __init__(self, path: str, options: Mapping[str, Any]) -> None:
+        self.path, self._options = path, dict(options)
+        self._open()
+
+    def _open(self) -> None:
+        store = Store.existing(self.path, self._options)
+        self._store, self._process = store, os.getpid()
+        there = store.array_names()
+        self._names = [name for name in _ROW_ARRAYS if name in there]
+        self._committed: set[int] = set()
+        self._chunks: OrderedDict[int, Rows] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    @property
+    def store(self) -> Store:
+        """The store, opened in this process."""
+        if self._process != os.getpid():
+            if "://" in self.path:  # the client's threads did not survive the fork, and it would wait for them
+                raise StoreError(
+                    f"{self.path} cannot be read after a fork: give the DataLoader multiprocessing_context='forkserver'"
+                )
+            self._open()
+        return self._store
+
+    def read(self, start: int, stop: int) -> Rows:
+        """The rows [start, stop), which are in one block, of all arrays.
+
+        Raises StoreError where a checksum is wrong, or the block is not committed.
+        """
+        store = self.store
+        block = start // store.block_rows
+        if block not in self._committed:
+            if store.read_rows("commits", block, block + 1)[0] < 0:
+                raise StoreError(f"{self.path}: block {block} is not there (it has no commit)")
+            self._committed.add(block)
+        return {name: store.read_rows(name, start, stop) for name in self._names}
+
+    def read_sample(self, start: int, stop: int) -> Rows:
+        """The rows of one sample, as in `read`. The last few inner chunks are kept, for samples to come."""
+        size = min(self.store.inner_rows, self.store.block_rows)
+        parts = []
+        for chunk in range(start // size, (stop - 1) // size + 1):
+            if chunk not in self._chunks:
+                self._chunks[chunk] = self.read(chunk * size, (chunk + 1) * size)
+                if len(self._chunks) > _CHUNKS_KEPT:
+                    self._chunks.popitem(last=False)
+            self._chunks.move_to_end(chunk)
+            first = chunk * size
+            parts.append({k: v[max(start - first, 0) : stop - first] for k, v in self._chunks[chunk].items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def as_stored(number: int, rows: Rows, where: str) -> Sample:
+    """The rows of one sample as tensors with the store's own dtypes: half the memory; `collate` widens them.
+
+    Raises StoreError where rows in use hold fill values: a chunk is missing.
+    """
+    if (rows["tokens"] < 0).any() or np.isnan(rows["logsumexp"]).any():
+        raise StoreError(f"{where}: sample {number} has empty rows: a chunk is missing, the store is damaged")
+    return {"sample": number, **{name: torch.from_numpy(values) for name, values in rows.items()}}
+
+
+def to_sample(number: int, rows: Rows, where: str) -> Sample:
+    """The same, with the dtypes of the table above."""
+    sample = as_stored(number, rows, where)
+    for name in rows:
+        if name != "loss_mask":
+            sample[name] = sample[name].float() if sample[name].is_floating_point() else sample[name].long()
+    return sample
+
+
+def empty_sample(k: int, num_temperatures: int) -> Sample:
+    """A sample of one token, number -1, for a rank that has no more samples. No token follows: nothing is learned."""
+    sample: Sample = {"sample": -1, "tokens": torch.zeros(1, dtype=torch.long)}
+    sample["target_ids"] = torch.zeros((1, k), dtype=torch.long)
+    sample["target_logprobs"] = torch.zeros((1, k))
+    sample["logsumexp"] = sample["tail_logprob"] = torch.zeros((1, num_temperatures))
+    return sample
+
+
+def collate(samples: Sequence[Sample], packed: bool = False) -> Batch:
+    """Several samples as one batch: a row for each, padded on the right, or packed end to end into few rows.
+
+        sample          [B'] int64      the samples' numbers (B' samples, B rows; -1: an empty batch)
+        input_ids       [B, L] int64
+        position_ids    [B, L] int64    0, 1, 2, ... again for each sample. From them, without an attention_mask,
+                                        transformers finds where samples begin: they do not see each other
+        next_tokens     [B, L] int64    the token that follows: the label of position t; -1 where none follows
+        loss_mask       [B, L] bool     positions to learn from: a token follows, in chats one of the assistant's
+        target_ids, target_logprobs, logsumexp, tail_logprob      [B, L, ...] as in a sample, 0 in padding
+
+    Position t of each array is about the token that follows input_ids[:, t]: nothing has to be shifted.
+    """
+    lengths = [len(sample["tokens"]) for sample in samples]
+    longest = max(lengths)
+    rows = _pack(lengths, longest) if packed else [[i] for i in range(len(samples))]
+    shape = (len(rows), longest)
+    batch: Batch = {
+        "sample": torch.tensor([sample["sample"] for sample in samples]),
+        "input_ids": _zeros(shape, torch.int64),
+        "position_ids": _zeros(shape, torch.int64),
+        "next_tokens": _zeros(shape, torch.int64).fill_(-1),
+        "loss_mask": _zeros(shape, torch.bool),
+    }
+    for name in _TARGETS:
+        dtype = torch.int64 if name == "target_ids" else torch.float32
+        batch[name] = _zeros((*shape, samples[0][name].shape[1]), dtype)
+    for row, members in enumerate(rows):
+        start = 0
+        for sample, length in ((samples[i], lengths[i]) for i in members):
+            stop = start + length
+            batch["input_ids"][row, start:stop] = sample["tokens"]
+            batch["position_ids"][row, start:stop] = torch.arange(length)
+            batch["next_tokens"][row, start : stop - 1] = sample["tokens"][1:]
+            batch["loss_mask"][row, start : stop - 1] = sample["loss_mask"][:-1] if "loss_mask" in sample else True
+            for name in _TARGETS:
+                batch[name][row, start:stop] = sample[name]
+            start = stop
+        batch["position_ids"][row, start:] = torch.arange(longest - start)  # padding counts as one more sample
+    return batch
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros. In a DataLoader's worker they are in shared memory from the start, and are not copied there later."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)  # new pages are zeros
+
+
+def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """The samples of each row: the longest first, each into the first row with room (first-fit decreasing)."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, left in enumerate(room) if left >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows

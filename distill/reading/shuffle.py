@@ -1,0 +1,132 @@
+"""Samples of a store in random order, for a DataLoader with any number of workers, on any number of ranks.
+
+1. permute  the store's blocks, by (seed, epoch)
+2. split    the samples, in that order, into equal runs: one for each worker of each rank. A run may begin or end inside
+            a block, so that the lengths of runs differ by one sample at most
+3. window   each run reads a few blocks at a time, and shuffles the samples of these blocks
+4. batch    in that order. All runs make the same number of batches; a run that is too short adds an empty batch
+
+Everything follows from (seed, epoch, ranks, workers): an epoch is resumed in its middle by arithmetic, not by replay.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from distill.reading.samples import Batch, RowReader, Rows, Sample, as_stored, collate, empty_sample
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples to read, in the order of the store.
+
+    numbers: [S] int64, their numbers in the store, ascending. starts, lengths: [S], their first row and length
+    """
+
+    numbers: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+
+    def take(self, positions: Any) -> "Index":
+        """The samples at these positions of this index."""
+        return Index(self.numbers[positions], self.starts[positions], self.lengths[positions])
+
+
+class ShuffledBatches(IterableDataset[Batch]):
+    """Batches for ``DataLoader(batches, batch_size=None, num_workers=...)``, or to iterate over directly.
+
+    A batch is what `collate` makes. Each sample comes once per epoch over all ranks and workers, and every rank gets
+    the same number of batches.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        index: Index,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        packed: bool,
+        window_blocks: int,
+    ) -> None:
+        self._reader, self._index = reader, index
+        self._batch_size, self._seed, self._packed, self._window_blocks = batch_size, seed, packed, window_blocks
+        self._rank, self._world_size = rank, world_size
+        # Shared, so that DataLoader workers that live for several epochs see what set_epoch says.
+        self._where = torch.zeros(2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Let the next iteration begin with this rank's batch number `batch` of the epoch."""
+        self._where.copy_(torch.tensor([epoch, batch]))
+
+    def batches_per_epoch(self, num_workers: int) -> int:
+        """The batches that each rank gets in an epoch, with so many DataLoader workers (0: none)."""
+        return max(1, num_workers) * self._batches_per_run(max(1, num_workers))
+
+    def _batches_per_run(self, num_workers: int) -> int:
+        longest_run = -(-len(self._index.starts) // (self._world_size * num_workers))
+        return -(-longest_run // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, done = map(int, self._where)
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        # A DataLoader takes a batch of each worker in turn, beginning with worker 0, also in the middle of an epoch.
+        turn = (worker + done) % num_workers
+        skipped = (done - turn + num_workers - 1) // num_workers
+        run = self._rank * num_workers + turn
+        samples = self._samples(epoch, run, self._world_size * num_workers, skipped * self._batch_size)
+        attributes = self._reader.store.attributes
+        for _ in range(skipped, self._batches_per_run(num_workers)):
+            found = list(islice(samples, self._batch_size))
+            nothing = [empty_sample(attributes["k"], len(attributes["temperatures"]))]
+            yield collate(found or nothing, self._packed)
+
+    def _samples(self, epoch: int, run: int, num_runs: int, skip: int) -> Iterator[Sample]:
+        """The samples of one run after its first `skip`, which are not read."""
+        pieces = self._pieces(epoch, run, num_runs)
+        for window, first in enumerate(range(0, len(pieces), self._window_blocks)):
+            spans = pieces[first : first + self._window_blocks]
+            count = sum(stop - start for start, stop in spans)
+            order = np.random.default_rng([self._seed, epoch, run, window]).permutation(count)
+            wanted, skip = order[skip:], max(0, skip - count)
+            if len(wanted):
+                loaded = [self._load(start, stop) for start, stop in spans]
+                positions = np.concatenate([np.arange(start, stop) for start, stop in spans])
+                piece_of = np.repeat(np.arange(len(spans)), [stop - start for start, stop in spans])
+                for i in wanted:
+                    yield self._sample(int(positions[i]), *loaded[piece_of[i]])
+
+    def _pieces(self, epoch: int, run: int, num_runs: int) -> list[tuple[int, int]]:
+        """The run's samples in the epoch's order, as ranges of positions in the index, each within one block."""
+        block_of = self._index.starts // self._reader.store.block_rows  # [S], ascending
+        firsts = np.flatnonzero(np.diff(block_of, prepend=-1))  # position of each block's first sample
+        stops = np.append(firsts[1:], len(block_of))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(firsts))
+        firsts, stops = firsts[order], stops[order]
+        ends = np.cumsum(stops - firsts)  # of the blocks, in the permuted sequence of samples
+        begin, end = (len(block_of) * at // num_runs for at in (run, run + 1))
+        touched = range(int(np.searchsorted(ends, begin, "right")), int(np.searchsorted(ends, end, "left")) + 1)
+        pieces = []
+        for i in touched if end > begin else ():
+            before = int(ends[i] - (stops[i] - firsts[i]))
+            pieces.append((int(firsts[i]) + max(begin - before, 0), int(firsts[i]) + min(end, int(ends[i])) - before))
+        return pieces
+
+    def _load(self, start: int, stop: int) -> tuple[int, Rows]:
+        """The number of the first row of the samples [start, stop) of the index, and all their rows."""
+        first, last = int(self._index.starts[start]), stop - 1
+        return first, self._reader.read(first, int(self._index.starts[last] + self._index.lengths[last]))
+
+    def _sample(self, position: int, first_row: int, rows: Rows) -> Sample:
+        start = int(self._index.starts[position]) - first_row
+        stop = start + int(self._index.lengths[position])
+        found = {name: values[start:stop] for name, values in rows.items()}
+        return as_stored(int(self._index.numbers[position]), found, self._reader.path)

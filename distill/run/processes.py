@@ -1,0 +1,111 @@
+"""The processes around a worker: torchrun above it, torchrun's other workers beside it, a DataLoader's readers below.
+
+A sibling is a worker of the same torchrun, which is the parent of all of them.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""The signals that stop a run."""
+
+_STARTING_SECONDS = 10.0
+
+
+def follow_stops(on_stop: Callable[[int], None], on_orphaned: Callable[[], None] | None) -> None:
+    """Call `on_stop` with the first stop signal, and `on_orphaned`, if any, when the parent has ended.
+
+    Both are called in a thread of their own: Python runs signal handlers in the main thread, which may wait for a GPU.
+    """
+    parent = os.getppid()
+    received, sent = os.pipe()
+    os.set_blocking(sent, False)
+    signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a reader's signals are not ours
+
+    def follow() -> None:
+        while on_orphaned is None or os.getppid() == parent:
+            if select.select([received], [], [], 1.0)[0]:
+                number = os.read(received, 1)[0]  # of any signal that has a handler: also a DataLoader's SIGCHLD
+                if number in STOPS:
+                    on_stop(number)
+                    return
+        on_orphaned()
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def a_sibling_is_gone() -> bool:
+    """Whether fewer workers run on this node than torchrun started; False where that cannot be known."""
+    pids = _siblings()
+    return pids is not None and len(pids) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def await_siblings() -> None:
+    """Wait until workers that still start are ready for SIGTERM, which torchrun sends when this one has failed.
+
+    SIGTERM kills those that are not, and torchrun then lists them as failed too.
+    """
+    limit = time.monotonic() + _STARTING_SECONDS
+    while time.monotonic() < limit and not all(map(_is_ready, _siblings() or ())):
+        time.sleep(0.1)
+
+
+def _siblings() -> list[str] | None:
+    """The process ids of torchrun's workers on this node, with this one; None where /proc does not tell."""
+    parent = os.getppid()
+    try:
+        return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:
+        return None
+
+
+def _is_ready(pid: str) -> bool:
+    """Whether a process catches or ignores SIGTERM, or is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    masks = re.findall(r"^Sig(?:Cgt|Ign):\s*(\w+)", status, re.MULTILINE)
+    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Start a DataLoader's readers in this context: no signal reaches one before its `obey_parent_only`."""
+    resource_tracker.ensure_running()  # its start would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent_only(_reader: int) -> None:
+    """A DataLoader's worker_init_fn: only its parent may stop a reader, although SLURM and torchrun signal it too."""
+    if not hasattr(signal, "sigtimedwait"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        return
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def listen(parent: BaseProcess) -> None:
+        while parent.is_alive():  # torch looks at the process above, which for a fork server's reader lives on
+            came = signal.sigtimedwait(STOPS, 1.0)
+            if came is not None and came.si_pid == parent.pid:
+                break
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    threading.Thread(target=listen, args=[parent], daemon=True).start()

@@ -1,0 +1,11 @@
+"""What the teacher said, on disk: a Zarr group with docs/format.md as its specification.
+
+Only this room uses zarr. It knows arrays, blocks and commits, and nothing of models or logits.
+
+store        Store: open and read
+writable     WritableStore: create, write and commit
+schema       array_specs, CAPTURED: which arrays there are
+codecs       how an array is cut and compressed
+location     check_writable: local folders, object stores, locks, fsync
+fingerprint  digest, text_digest, summarize, differences: what makes two runs the same run
+"""

@@ -1,0 +1,106 @@
+"""Where a store is: a local folder or the URL of an object store; who may write there, and what is safely on disk."""
+
+import fcntl
+import logging
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from distill.errors import StoreError, first_line
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 3.0  # workers of a run that was just killed may still be ending
+
+
+def locate(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
+    """The zarr store for a local path or a URL. options: of the object store's client. Raises StoreError."""
+    if "://" not in path:
+        return LocalStore(Path(path).expanduser(), read_only=read_only)
+    try:
+        import obstore
+        from zarr.storage import ObjectStore
+    except ImportError as error:
+        raise StoreError(f"store.path: {path} needs obstore: pip install 'distill[s3]'") from error
+    try:
+        return ObjectStore(obstore.store.from_url(path, **options), read_only=read_only)
+    except Exception as error:
+        raise StoreError(f"store.path: cannot use {path}: {first_line(error)}") from error
+
+
+def is_group(path: str, location: Any) -> bool:
+    """Whether a Zarr group is there; False where nothing is. Raises StoreError for a file, or other content."""
+    try:
+        if "://" in path:
+            there = sync(location.exists("zarr.json"))
+            kind = "" if there or sync(location.is_empty("")) else "other content"
+        else:
+            root = Path(path).expanduser()
+            there = (root / "zarr.json").is_file()
+            inside = root.iterdir() if root.is_dir() and not there else []
+            foreign = any(not entry.name.endswith(".partial") for entry in inside)
+            kind = "a file" if root.is_file() else "a folder with other content" if foreign else ""
+    except Exception as error:  # no permission, or an object store client's own
+        raise StoreError(f"store.path: cannot read {path}: {first_line(error)}") from error
+    if kind:
+        raise StoreError(f"store.path: expected a distill store, an empty folder or nothing at {path}, found {kind}")
+    return bool(there)
+
+
+def check_writable(path: str) -> None:
+    """Raise StoreError where a store at the local `path` could not be created or written; creates nothing."""
+    if "://" in path:
+        return
+    at = Path(path).expanduser().absolute()
+    try:
+        while not at.exists():
+            at = at.parent
+        writable = at.is_dir() and os.access(at, os.W_OK | os.X_OK)
+    except OSError:  # a folder on the way that may not be entered
+        writable = False
+    if not writable:
+        raise StoreError(f"store.path: cannot write {path}: {at} is not a folder that may be written")
+
+
+class Lock:
+    """A lock on a local store's folder, held as long as this object lives.
+
+    Object stores, and file systems without such locks, stay unlocked. Raises StoreError where another run has the lock.
+    """
+
+    def __init__(self, location: Any) -> None:
+        if not isinstance(location, LocalStore):
+            return
+        self._descriptor = os.open(location.root, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        try:
+            while not self._taken():
+                if time.monotonic() > deadline:
+                    raise StoreError(f"store.path: another run is writing {location.root}; wait for it, or stop it")
+                time.sleep(0.1)
+        except OSError as error:
+            logger.info("store: %s cannot be locked (%s): let no other run write it", location.root, error.strerror)
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def fsync(*paths: Path) -> None:
+    """Wait until files and folders are on disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,65 @@
+"""What each optimizer step reads: this worker's micro-batches, from any step on."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from distill.config import TrainConfig
+from distill.errors import StoreError
+from distill.reading.cache import TeacherCache
+from distill.reading.samples import Batch
+from distill.run.grid import Grid
+from distill.run.processes import obey_parent_only, signals_blocked
+
+
+class StepBatches:
+    """The micro-batches of each optimizer step, epoch after epoch.
+
+    total_steps: optimizer steps of the whole run
+    """
+
+    def __init__(self, cache: TeacherCache, config: TrainConfig, grid: Grid) -> None:
+        """cache: what is trained on. grid: tells which worker's share to read."""
+        batch = config.batch
+        self._batches = cache.shuffled(
+            batch.samples, config.seed, grid.rank, grid.world_size, batch.packed, batch.window_blocks
+        )
+        self._config = config
+        self._per_epoch = self._batches.batches_per_epoch(config.batch.readers)  # micro-batches
+        self._steps_per_epoch = -(-self._per_epoch // config.batch.accumulate)
+        self.total_steps = config.optimizer.steps or config.optimizer.epochs * self._steps_per_epoch
+
+    def read(self, step: int, device: torch.device) -> Iterator[list[Batch]]:
+        """The micro-batches, on `device`, of optimizer step `step` (counted from 0), of the next step, and so on."""
+        stream, accumulate = self._stream(step, device), self._config.batch.accumulate
+        for at in range(step, self.total_steps):
+            left = self._per_epoch - at % self._steps_per_epoch * accumulate  # the last step of an epoch may have fewer
+            yield [next(stream) for _ in range(min(accumulate, left))]
+
+    def _stream(self, step: int, device: torch.device) -> Iterator[Batch]:
+        """All micro-batches from the first one of `step` on."""
+        # A remote store's client does not survive a fork. With any other store a fork saves each reader seconds.
+        start_method = "forkserver" if "://" in self._config.store.path else "fork"
+        readers = self._config.batch.readers
+        loader = DataLoader(
+            self._batches,
+            batch_size=None,
+            num_workers=readers,
+            worker_init_fn=obey_parent_only,
+            persistent_workers=readers > 0,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context=start_method if readers else None,
+            generator=torch.Generator().manual_seed(self._config.seed),  # not from the student's random numbers
+        )
+        epoch, within = divmod(step, self._steps_per_epoch)
+        while True:
+            self._batches.set_epoch(epoch, within * self._config.batch.accumulate)
+            try:
+                with signals_blocked():
+                    iterator = iter(loader)
+                for batch in iterator:
+                    yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            except StoreError as error:  # from a reader, with the reader's traceback as its message
+                raise StoreError(str(error).strip().rpartition("StoreError: ")[2]) from error
+            epoch, within = epoch + 1, 0

@@ -1,0 +1,80 @@
+"""How well a student does on held-out samples, beside the text and beside the teacher.
+
+N rows, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.reading.cache import TeacherCache
+from distill.reading.samples import collate, empty_sample
+from distill.student.loss import DistillationLoss
+
+BINS = 15
+"""Of confidence, for the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
+
+_TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.0)
+
+
+@torch.no_grad()
+def evaluate(learner: nn.Module, cache: TeacherCache, batch_size: int, device: torch.device) -> dict[str, float]:
+    """Means over all next tokens of `cache`, which the workers share out among them.
+
+    tokens             how many there were
+    cross_entropy      -log q of the token that follows, nats
+    kl                 KL(teacher || student) over the kept ids and the rest as one event, nats
+    top1_agreement     share of tokens where both expect the same most of all
+    calibration_error  expected |confidence - accuracy| of the most probable token, over 15 bins of confidence
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = -(-len(cache) // world_size)
+    mine = range(rank * share, min(len(cache), (rank + 1) * share))
+    nothing = empty_sample(cache.attributes["k"], len(cache.temperatures))
+    sums = torch.zeros(4 + 3 * BINS, dtype=torch.float64, device=device)
+
+    def measure(logits: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        return measured(logits, rows, cache.temperatures)
+
+    training = learner.training
+    learner.eval()
+    for first in range(0, share, batch_size):  # every worker the same number of times: the student may be sharded
+        numbers = mine[first : first + batch_size]
+        batch = collate([cache[i] for i in numbers] or [nothing])
+        sums += learner({name: values.to(device) for name, values in batch.items()}, measure)
+    learner.train(training)
+    dist.all_reduce(sums)
+    return summarize(sums)
+
+
+def measured(logits: Tensor, rows: Mapping[str, Tensor], temperatures: list[float]) -> Tensor:
+    """Sums over rows of what `summarize` divides, [4 + 3 * BINS] float64: logits [N, V], rows of a batch [N, ...]."""
+    following = rows["next_tokens"]
+    confidence, guess = logits.softmax(dim=1).max(dim=1)
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    per_bin = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
+    for i, values in enumerate((confidence, guess == following, torch.ones_like(confidence))):
+        per_bin[i].index_add_(0, bins, values.double())
+    whole = [
+        torch.tensor(len(following), device=logits.device),
+        torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="sum"),
+        _TO_TEACHER.per_row(logits, rows, temperatures).sum(),
+        (guess == rows["target_ids"][:, 0]).sum(),
+    ]
+    return torch.cat([torch.stack([value.double() for value in whole]), per_bin.flatten()])
+
+
+def summarize(sums: Tensor) -> dict[str, Any]:
+    """The figures of `evaluate`, from the sums over all rows."""
+    tokens = max(1.0, sums[0].item())
+    confidence, correct, _ = sums[4:].view(3, BINS)
+    return {
+        "tokens": int(sums[0]),
+        "cross_entropy": sums[1].item() / tokens,
+        "kl": sums[2].item() / tokens,
+        "top1_agreement": sums[3].item() / tokens,
+        "calibration_error": (confidence - correct).abs().sum().item() / tokens,
+    }

@@ -1,0 +1,252 @@
+"""Losses between a student's logits and what a store keeps of the teacher's distribution.
+
+N rows, V the student's vocabulary, K kept ids, n temperatures, H hidden size. docs/training.md has the formulas.
+
+The teacher's distribution p is known on the K kept ids and, as one number, outside them. `tail` says what becomes of
+that rest:
+
+bucket        it is one more event: both distributions are over K + 1 events, the student's last being all it gives to
+              the ids not kept. A lower bound of the full divergence that vanishes only where they agree.
+renormalize   it is left out and p scaled up to 1 ("vanilla" top-k distillation, biased: it teaches overconfidence)
+ground_truth  it goes to the token that really follows (Anshumann et al., Sparse Logit Sampling, ACL 2025)
+
+Forward KL is KL(p || q) of Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), reverse KL
+KL(q || p) of Gu et al., MiniLLM (2024), Jensen-Shannon their mean to the mixture (Agarwal et al., On-Policy
+Distillation, 2024, with beta = 0.5).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distill.errors import ConfigError
+
+_LEAST_LOGPROB = -100.0
+_TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob", "next_tokens")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A teacher's distribution over some ids, in float32.
+
+    ids [N, M] int64; logprobs [N, M], -inf for none. tail [N]: log of the mass of all other ids, or None where the ids
+    carry all of it. An id may occur twice; its probabilities add up.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor | None = None
+
+    @classmethod
+    def from_draws(cls, draw_ids: Tensor) -> "Target":
+        """Of random ids [N, n] drawn from p with replacement: 1/n each, an unbiased estimate of p.
+
+        The gradient of forward_kl to it is, in the mean over draws, that of the full one (Sparse Logit Sampling).
+        """
+        return cls(draw_ids, torch.full(draw_ids.shape, -math.log(draw_ids.shape[1]), device=draw_ids.device))
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """alpha * temperature**2 * divergence(p_T, q_T) + (1 - alpha) * cross-entropy with the next token, per row.
+
+    The factor temperature**2 keeps gradients of one size at all temperatures (Hinton et al.).
+    """
+
+    divergence: str = "forward_kl"
+    tail: str = "bucket"
+    temperature: float = 1.0
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, found, choices in (
+            ("divergence", self.divergence, ("forward_kl", "reverse_kl", "jensen_shannon")),
+            ("tail", self.tail, ("bucket", "renormalize", "ground_truth")),
+        ):
+            if found not in choices:
+                raise ConfigError(f"loss.{name}: expected {', '.join(choices)}, found {found!r}")
+        if self.divergence != "forward_kl" and self.tail != "bucket":
+            raise ConfigError(
+                f"loss.tail: expected bucket with {self.divergence}, which needs the teacher's probability of "
+                f"everything that the student says, found {self.tail}"
+            )
+        if self.temperature <= 0 or not 0 <= self.alpha <= 1:
+            raise ConfigError(
+                f"loss: expected temperature > 0 and alpha in [0, 1], found {self.temperature} and {self.alpha}"
+            )
+
+    def check(self, temperatures: Sequence[float]) -> None:
+        """Raise ConfigError where a store with these temperatures does not hold what this loss needs."""
+        if self.temperature not in temperatures and self.tail != "renormalize":
+            raise ConfigError(
+                f"loss.temperature: expected one of {list(temperatures)}, which the store holds, found "
+                f"{self.temperature}: the mass outside the kept ids at another temperature cannot be known (generate "
+                f"with capture.temperatures=[1.0,{self.temperature}], or use loss.tail=renormalize)"
+            )
+
+    def target(self, rows: Mapping[str, Tensor], temperatures: Sequence[float], vocab_size: int) -> Target:
+        """The teacher's distribution at this temperature, for a student with `vocab_size` ids.
+
+        rows: of a batch, [N, ...]. Mass of kept ids that the student does not have (padding of the teacher's softmax)
+        counts as tail.
+        """
+        at_one, t = list(temperatures).index(1.0), self.temperature
+        ids, logprobs = rows["target_ids"], rows["target_logprobs"]
+        if self.tail == "renormalize":
+            logprobs, tail = logprobs / t, None
+        else:
+            column = list(temperatures).index(t)
+            logprobs = (logprobs + rows["logsumexp"][:, [at_one]]) / t - rows["logsumexp"][:, [column]]
+            tail = rows["tail_logprob"][:, column]
+        if vocab_size <= int(ids.max()):
+            unknown = ids >= vocab_size
+            if tail is not None:
+                tail = torch.logaddexp(tail, logprobs.masked_fill(~unknown, -torch.inf).logsumexp(dim=1))
+            logprobs = logprobs.masked_fill(unknown, -torch.inf)
+            ids = torch.where(unknown, ids.masked_fill(unknown, vocab_size).min(dim=1, keepdim=True).values, ids)
+        if tail is None:
+            return Target(ids, logprobs.log_softmax(dim=1))
+        # What was stored is rounded: scaled to a sum of exactly 1, so that the divergence is least where q is p.
+        events = torch.cat([logprobs, tail[:, None]], dim=1).log_softmax(dim=1)
+        logprobs, tail = events[:, :-1], events[:, -1:]
+        if self.tail == "bucket":
+            return Target(ids, logprobs, tail[:, 0])
+        following = rows["next_tokens"][:, None]
+        kept = (ids == following) & logprobs.isfinite()
+        return Target(
+            torch.cat([ids, following.clamp(min=0)], dim=1),
+            torch.cat(
+                [
+                    torch.where(kept, torch.logaddexp(logprobs, tail), logprobs),
+                    tail.masked_fill(kept.any(dim=1, keepdim=True), -torch.inf),
+                ],
+                dim=1,
+            ),
+        )
+
+    def per_row(self, logits: Tensor, rows: Mapping[str, Tensor], temperatures: Sequence[float]) -> Tensor:
+        """The loss of each row, [N] float32: logits [N, V] of any float dtype, rows of a batch [N, ...]."""
+        logits = logits.float()
+        loss = logits.new_zeros(len(logits))
+        if self.alpha > 0:
+            target = self.target(rows, temperatures, logits.shape[1])
+            divergence = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jensen_shannon": jensen_shannon}
+            scaled = logits if self.temperature == 1 else logits / self.temperature
+            loss = self.alpha * self.temperature**2 * divergence[self.divergence](scaled, target)
+        if self.alpha < 1:
+            loss = loss - (1 - self.alpha) * log_softmax_at(logits, rows["next_tokens"][:, None])[:, 0]
+        return loss
+
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        batch: Mapping[str, Tensor],
+        temperatures: Sequence[float],
+        chunk_tokens: int = 1024,
+    ) -> Tensor:
+        """The loss summed over the batch's rows in its loss_mask, from hidden states [B, L, H].
+
+        head: from [N, H] to logits [N, V]. It runs on `chunk_tokens` rows at a time, again in the backward pass, so
+        that of [B, L, V] no more than a chunk is ever there. An empty batch gives 0, and gradients of 0 to every
+        parameter.
+        """
+        mask = batch["loss_mask"]
+        if not mask.any():  # a row that weighs nothing: DistributedDataParallel waits for every gradient
+            return (head(hidden[:1, 0]).float() * 0).sum() + (hidden * 0).sum()
+        rows = {name: batch[name][mask] for name in _TARGETS}
+        total = hidden.new_zeros((), dtype=torch.float32)
+        starts = range(0, len(rows["next_tokens"]), chunk_tokens)
+        for start, part in zip(starts, torch.split(hidden[mask], chunk_tokens), strict=True):
+            chosen = {name: values[start : start + chunk_tokens] for name, values in rows.items()}
+
+            def chunk(part: Tensor, chosen: dict[str, Tensor] = chosen) -> Tensor:
+                return self.per_row(head(part), chosen, temperatures).sum()
+
+            total = total + checkpoint(chunk, part, use_reentrant=False)
+        return total
+
+    def from_logits(self, logits: Tensor, batch: Mapping[str, Tensor], temperatures: Sequence[float]) -> Tensor:
+        """The same from logits [B, L, V], for models whose logits are more than a head's."""
+        return self.from_hidden(logits, lambda part: part, batch, temperatures)
+
+
+def forward_kl(logits: Tensor, target: Target) -> Tensor:
+    """[N]: sum over events of p (log p - log q), for logits [N, V] in float32."""
+    logprobs, q = _events(logits, target)
+    return _expected(logprobs, logprobs - q)
+
+
+def reverse_kl(logits: Tensor, target: Target) -> Tensor:
+    """[N]: sum over events of q (log q - log p). A p below e**-100 counts as that."""
+    logprobs, q = _events(logits, target)
+    return _expected(q, q - logprobs.clamp(min=_LEAST_LOGPROB))
+
+
+def jensen_shannon(logits: Tensor, target: Target) -> Tensor:
+    """[N]: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2."""
+    logprobs, q = _events(logits, target)
+    mixture = torch.logaddexp(logprobs, q) - math.log(2)
+    return (_expected(logprobs, logprobs - mixture) + _expected(q, q - mixture)) / 2
+
+
+def _events(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """log p and log q of the target's events: [N, M], or [N, M + 1] with the tail's bucket as the last."""
+    if target.tail is None or target.ids.shape[1] == logits.shape[1]:
+        return target.logprobs, log_softmax_at(logits, target.ids)
+    return torch.cat([target.logprobs, target.tail[:, None]], dim=1), _event_logprobs(logits, target.ids, True)
+
+
+def log_softmax_at(logits: Tensor, ids: Tensor) -> Tensor:
+    """log q of some ids only: logits [N, V] float32, ids [N, M] -> [N, M]."""
+    return _event_logprobs(logits, ids, False)
+
+
+class _EventLogprobs(torch.autograd.Function):
+    """log_softmax at M ids, and of all others together: what autograd does in a dozen passes over [N, V], in four.
+
+    With z the logits, q = softmax(z), r = the mass of the ids outside the M, and g the gradient of the M (+ 1) results:
+    dz_j = -q_j sum(g) + [j among the M] g_j + [j outside] g_rest q_j / r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, with_rest: bool) -> Tensor:
+        """[N, V] float32, [N, M] -> [N, M], or [N, M + 1] with the rest. An id may occur twice in a row."""
+        largest = logits.max(dim=1, keepdim=True).values
+        kept = logits.gather(1, ids) - largest
+        powers = (logits - largest).exp_()
+        rest = total = powers.sum(dim=1, keepdim=True)
+        if with_rest:
+            powers.scatter_(1, ids, 0.0)
+            rest = powers.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        logprobs = kept - total.log()
+        ctx.save_for_backward(powers, ids, logprobs, rest, total)
+        ctx.with_rest = with_rest
+        return torch.cat([logprobs, rest.log() - total.log()], dim=1) if with_rest else logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The formula above. Not for a second backward pass: it overwrites what was kept."""
+        (gradient,) = gradients
+        powers, ids, logprobs, rest, total = ctx.saved_tensors
+        whole = gradient.sum(dim=1, keepdim=True)
+        if ctx.with_rest:
+            powers.mul_(gradient[:, -1:] / rest - whole / total).scatter_(1, ids, -whole * logprobs.exp())
+        else:
+            powers.mul_(-whole / total)
+        return powers.scatter_add_(1, ids, gradient[:, : ids.shape[1]]), None, None
+
+
+def _event_logprobs(logits: Tensor, ids: Tensor, with_rest: bool) -> Tensor:
+    logprobs: Tensor = _EventLogprobs.apply(logits, ids, with_rest)  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+def _expected(logprobs: Tensor, values: Tensor) -> Tensor:
+    """[N]: sum over events of exp(logprobs) * values; events of probability 0 add nothing."""
+    return torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * values).sum(dim=1)

@@ -1,0 +1,205 @@
+"""The student: built from the teacher or another checkpoint, joined with the loss, and saved.
+
+V the student's vocabulary, H its hidden size, N rows.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from distill.config import StudentConfig, TeacherConfig
+from distill.errors import ConfigError, TeacherError, first_line
+from distill.student.loss import DistillationLoss
+from distill.teacher.pipeline import decoder_layers
+from distill.teacher.source import Source, locate
+
+logger = logging.getLogger(__name__)
+
+Measure = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+_CHUNK_TOKENS = 1024
+
+
+def find(config: StudentConfig, teacher: str, revision: str | None) -> Source:
+    """The folder, configuration and tokenizer of ``student.model``. Raises ConfigError where it cannot be found.
+
+    teacher, revision: of the store, for the student ``teacher``
+    """
+    model = teacher if config.model == "teacher" else config.model
+    settings = TeacherConfig(
+        model=model,
+        revision=revision if config.model == "teacher" else None,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
+    try:
+        return locate(settings)
+    except TeacherError as error:
+        raise ConfigError(str(error).replace("teacher.model", f"student.model={config.model}", 1)) from error
+
+
+def build(config: StudentConfig, source: Source, seed: int) -> Any:
+    """The student, a transformers causal LM in float32 on the CPU: as it is, with fewer layers, or random.
+
+    Raises ConfigError where the weights cannot be loaded, or where it has fewer layers than should be kept.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    kwargs = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
+    kwargs |= {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    if config.init == "random":
+        settings = source.model_config
+        if config.layers is not None:
+            settings = _with_layers(settings, _kept(config.layers, settings))
+        return AutoModelForCausalLM.from_config(settings, **kwargs)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **kwargs)
+    except Exception as error:
+        raise ConfigError(f"student.model: cannot load {source.folder}: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"student.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
+        )
+    return model if config.layers is None else shortened(model, _kept(config.layers, model.config))
+
+
+def _kept(layers: int, settings: Any) -> list[int]:
+    """The numbers of `layers` evenly spaced layers, the first and the last among them."""
+    there = int(settings.get_text_config().num_hidden_layers)
+    if layers > there:
+        raise ConfigError(f"student.layers: expected at most {there}, the model's layers, found {layers}")
+    return [round(i * (there - 1) / max(1, layers - 1)) for i in range(layers)]
+
+
+def _with_layers(settings: Any, kept: Sequence[int]) -> Any:
+    """A copy of a model's configuration with these layers only."""
+    settings = type(settings).from_dict(settings.to_dict())
+    text = settings.get_text_config()
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = [types[i] for i in kept]
+    text.num_hidden_layers = len(kept)
+    return settings
+
+
+def shortened(model: Any, kept: Sequence[int]) -> Any:
+    """A copy of `model` with only the layers whose numbers are in `kept`, in that order; other weights are the same."""
+    found = decoder_layers(model)
+    if found is None:
+        raise ConfigError(f"student.layers: cannot tell which of {type(model).__name__}'s parts are its layers")
+    prefix = found[0]
+    weights: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        if name.startswith(f"{prefix}."):
+            old, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+            weights |= {f"{prefix}.{new}.{rest}": weight for new, i in enumerate(kept) if i == int(old)}
+        else:
+            weights[name] = weight
+    short = type(model)(_with_layers(model.config, kept))
+    short.load_state_dict(weights)
+    short.tie_weights()
+    return short.train(model.training)
+
+
+def check(source: Source, loss: DistillationLoss, cache: Any) -> None:
+    """Raise ConfigError or StoreError where this student cannot learn from this cache."""
+    loss.check(cache.temperatures)
+    cache.check_tokenizer(source.tokenizer)
+    known = int(cache.attributes["tokenizer"]["vocab_size"])
+    if source.vocab_size < known:
+        raise ConfigError(
+            f"student.model: expected a softmax over at least {known:,} ids, the tokenizer's, found "
+            f"{source.vocab_size:,} (the teacher's {cache.attributes['vocab_size']:,} may be padded beyond the "
+            "tokenizer's, a student's may not be smaller)"
+        )
+    context = source.context_length
+    if context is not None and cache.max_length > context:
+        raise ConfigError(
+            f"student.model: expected a context of at least {cache.max_length} tokens, the longest sample of "
+            f"{cache.path}, found {context}"
+        )
+
+
+class Learner(nn.Module):
+    """A student and its loss as one module: from a batch to the sum of its losses."""
+
+    def __init__(self, model: Any, loss: DistillationLoss, temperatures: Sequence[float]) -> None:
+        super().__init__()
+        self.model, self._loss, self._temperatures = model, loss, list(temperatures)
+        self._sliced = _head_is_all(model)
+        if not self._sliced:
+            logger.info(
+                "student: its logits are not the output head's alone, so that all of a batch's are held at once"
+            )
+
+    def forward(self, batch: Mapping[str, Tensor], measure: Measure | None = None) -> Tensor:
+        """The sum of the loss over the positions in the batch's loss_mask, a float32 scalar; or the sum of `measure`.
+
+        measure: from logits [n, V] and the same positions of the batch [n, ...] to a tensor of sums
+        """
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        if self._sliced:
+            hidden, head = self.model.base_model(**inputs).last_hidden_state, self.model.get_output_embeddings()
+        else:
+            hidden, head = self.model(**inputs).logits, nn.Identity()
+        if measure is None:
+            return self._loss.from_hidden(hidden, head, batch, self._temperatures)
+        mask = batch["loss_mask"] if batch["loss_mask"].any() else torch.ones_like(batch["loss_mask"])
+        parts = hidden[mask].split(_CHUNK_TOKENS)
+        rows = {name: values[mask] for name, values in batch.items() if name not in ("sample", "loss_mask")}
+        sums = [
+            measure(head(part).float(), {k: v[i * _CHUNK_TOKENS : (i + 1) * _CHUNK_TOKENS] for k, v in rows.items()})
+            for i, part in enumerate(parts)
+        ]
+        return torch.stack(sums).sum(dim=0) * batch["loss_mask"].any()
+
+
+@torch.no_grad()
+def _head_is_all(model: Any) -> bool:
+    """Whether the logits are the output head of the last hidden states and no more: no soft-capping, no scale."""
+    head = model.get_output_embeddings()
+    if model.base_model is model or not isinstance(head, nn.Linear):
+        return False
+    training = model.training
+    model.eval()
+    ids = torch.arange(8)[None] % head.weight.shape[0]
+    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    theirs = model(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    return bool(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())))
+
+
+@torch.no_grad()
+def sees_neighbours(model: Any) -> bool:
+    """Whether the logits of a sample depend on the sample before it in its row."""
+    ids = torch.arange(12, device=model.device)[None]
+    positions = torch.cat([ids[:, :5], ids[:, :7]], dim=1)
+    rows = (ids, torch.cat([ids[:, :5] + 12, ids[:, 5:]], dim=1))
+    training = model.training
+    model.eval()
+    a, b = (model(input_ids=row, position_ids=positions, use_cache=False).logits[:, 5:].float() for row in rows)
+    model.train(training)
+    return not torch.allclose(a, b, rtol=0, atol=max(1e-4, torch.finfo(model.dtype).eps) * float(a.abs().max()))
+
+
+def save(module: nn.Module, model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the student and its tokenizer, as from_pretrained reads them: all workers together; worker 0 writes.
+
+    module: what `model` was wrapped in; its weights may be sharded.
+    """
+    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+    dist.barrier()
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save` was done."""
+    return (folder / "tokenizer_config.json").is_file()  # the last file that it writes

@@ -1,0 +1,199 @@
+"""What worker 0 does before the teacher runs: find the store, or plan and create it, and tell the other workers."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill import __version__
+from distill.config import GenerateConfig
+from distill.data import plan
+from distill.data.dataset import identity
+from distill.data.tokenize import Samples, tokenize
+from distill.errors import ConfigError, StoreError, TeacherError
+from distill.run.board import Board
+from distill.store.fingerprint import differences, summarize
+from distill.store.location import check_writable
+from distill.store.schema import array_specs
+from distill.store.writable import WritableStore
+from distill.teacher.placement import Needs, Placement
+from distill.teacher.source import Source
+
+logger = logging.getLogger(__name__)
+
+_RECORDED_PACKAGES = ("torch", "transformers", "zarr", "numcodecs", "datasets")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What there is to do, the same for all workers.
+
+    placement: how the teacher is spread. store: where it writes. missing: the blocks that are to be done
+    """
+
+    placement: Placement
+    store: WritableStore
+    missing: list[int]
+
+    @classmethod
+    def of(cls, placement: Placement, store: WritableStore) -> Self:
+        """Look which blocks are missing. Only worker 0 looks: a later look would find fewer, and deal otherwise."""
+        return cls(placement, store, store.missing_blocks())
+
+    def publish(self, board: Board) -> None:
+        """Tell the other workers."""
+        board.note("job", json.dumps({"placement": asdict(self.placement), "missing": self.missing}))
+
+    @staticmethod
+    def publish_nothing(board: Board) -> None:
+        """Tell the other workers that there is nothing to do."""
+        board.note("job", "null")
+
+    @classmethod
+    def read(cls, board: Board, config: GenerateConfig, rank: int) -> Self | None:
+        """The job as worker 0 has published it, or None where there is nothing to do.
+
+        Raises StoreError where this worker, of this `rank`, does not see the store.
+        """
+        found = json.loads(board.wait("job"))
+        if found is None:
+            return None
+        store = WritableStore.open(config.store.path, config.store.options)
+        if store is None or not store.published:
+            raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {rank} does not see it")
+        return cls(Placement(**found["placement"]), store, found["missing"])
+
+
+def fingerprint_of(config: GenerateConfig, source: Source, needs: Needs) -> dict[str, Any]:
+    """The settings and the contents of files that determine the store's bytes, as a flat mapping."""
+    settings: dict[str, Any] = {
+        "teacher.dtype": needs.dtype_name,
+        "teacher.attn_implementation": config.teacher.attn_implementation,
+        **source.fingerprint,
+        **identity(config.dataset, ours=[config.store.path, config.log_dir]),
+        "batch.max_tokens": config.batch.max_tokens,
+        "store.block_rows": config.store.block_rows,
+        "store.codec": config.store.codec,
+    }
+    for section, left_out in (("dataset", {"path", "data_files", "num_proc"}), ("capture", set())):
+        values = vars(getattr(config, section))
+        settings |= {f"{section}.{key}": value for key, value in values.items() if key not in left_out}
+    return settings
+
+
+def check_settings(config: GenerateConfig, source: Source) -> None:
+    """Raise ConfigError where the settings want more than this teacher has: ids, or context."""
+    if config.capture.k > source.vocab_size:
+        raise ConfigError(
+            f"capture.k: expected at most {source.vocab_size}, the teacher's vocabulary, found {config.capture.k}"
+        )
+    length, context = config.dataset.max_length, source.context_length
+    if length is not None and context is not None and length > context:
+        raise ConfigError(f"dataset.max_length: expected at most {context}, the teacher's context, found {length}")
+
+
+def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableStore | None:
+    """The store of this very run, locked, if an earlier start has created it.
+
+    Raises StoreError where the path holds something else or another run's store (naming each key that differs), where
+    another run is writing there, and where the path cannot be written.
+    """
+    store = WritableStore.open(config.store.path, config.store.options)
+    check_writable(config.store.path)
+    if store is None:
+        return None
+    if differing := differences(store.attributes["config"], fingerprint, "the store"):
+        state = "a complete" if store.complete else "an unfinished"
+        raise StoreError(
+            f"store.path: {config.store.path} is {state} store of another run; choose another path, or delete it:\n  "
+            + "\n  ".join(differing)
+        )
+    if store.complete and not store.published:
+        raise StoreError(f"store.path: {config.store.path} was complete and now lacks its commits: a damaged copy?")
+    if not store.published:
+        return None
+    if not store.complete:
+        store.lock()
+    return store
+
+
+def lay_out(config: GenerateConfig, source: Source) -> tuple[Samples, NDArray[np.int64], plan.Plan]:
+    """Tokenize the dataset and place the samples: returns the samples, the order in which they lie, and where.
+
+    Raises DataError as `tokenize` does, TeacherError where the tokenizer has ids that the model lacks.
+    """
+    samples = tokenize(config.dataset, source.tokenizer, source.context_length)
+    if samples.largest_token >= source.vocab_size:
+        raise TeacherError(
+            f"teacher.model: expected token ids below {source.vocab_size}, the model's vocabulary, found "
+            f"{samples.largest_token} from its tokenizer of {len(source.tokenizer)}: the model was not resized for it"
+        )
+    order = plan.permutation(len(samples.lengths), config.capture.seed)
+    lengths = samples.lengths[order]
+    rows = config.store.block_rows
+    return samples, order, plan.lay_out(lengths, rows if isinstance(rows, int) else plan.auto_block_rows(lengths))
+
+
+def plan_store(config: GenerateConfig, source: Source, needs: Needs, fingerprint: dict[str, Any]) -> WritableStore:
+    """Tokenize the dataset, place the samples, and create the store with its tokens."""
+    samples, order, layout = lay_out(config, source)
+    num_samples, num_tokens = len(layout.lengths), int(layout.lengths.sum(dtype=np.int64))
+    store = WritableStore.create(
+        config.store.path,
+        config.store.options,
+        attributes={
+            "complete": False,
+            "method": config.capture.method,
+            "k": config.capture.k,
+            "draws": 0,
+            "temperatures": list(config.capture.temperatures),
+            "vocab_size": source.vocab_size,
+            "block_rows": layout.block_rows,
+            "num_samples": num_samples,
+            "num_tokens": num_tokens,
+            "fingerprint": summarize(fingerprint),
+            "config": fingerprint,
+            **_origin(config, source, needs),
+        },
+        specs=array_specs(config.capture.k, len(config.capture.temperatures), samples.has_loss_mask),
+        sizes={"row": layout.num_rows, "sample": num_samples},
+        inner_rows=min(plan.INNER_ROWS, layout.block_rows),
+        codec=config.store.codec,
+    )
+    store.write_all("sample_start", layout.starts)
+    store.write_all("sample_length", layout.lengths)
+    sample_index = np.empty(num_samples, np.int64)
+    for block in range(layout.num_blocks):
+        placed = layout.samples_of(block)
+        found = samples.take(order[placed.start : placed.stop])
+        sample_index[placed.start : placed.stop] = found["source"]
+        for name in ("tokens", "loss_mask"):
+            if name in found:
+                store.write_rows(name, block, found[name])
+    store.write_all("sample_index", sample_index)
+    store.publish(layout.num_blocks)
+    logger.info(
+        "plan: %s samples, %s tokens in %d blocks of %d rows",
+        f"{num_samples:,}", f"{num_tokens:,}", layout.num_blocks, layout.block_rows,
+    )  # fmt: skip
+    return store
+
+
+def _origin(config: GenerateConfig, source: Source, needs: Needs) -> dict[str, Any]:
+    """The attributes of the store that say what made it."""
+    packages = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
+    return {
+        "teacher": {
+            "model": config.teacher.model,
+            "revision": config.teacher.revision,
+            "architecture": (source.model_config.architectures or ["unknown"])[0],
+            "dtype": needs.dtype_name,
+        },
+        "tokenizer": source.vocabulary,
+        "versions": {"distill": __version__, "python": platform.python_version(), **packages},
+    }

@@ -1,0 +1,152 @@
+"""One worker's share of the work: its blocks, from tokens to commits.
+
+N rows of a batch, K kept ids, n temperatures.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distill.config import GenerateConfig
+from distill.data.plan import Plan
+from distill.errors import NumericalError
+from distill.run.board import Board
+from distill.run.watch import Watch
+from distill.store.schema import CAPTURED
+from distill.store.writable import WritableStore
+from distill.teacher.capture import Captured, round_logprobs
+from distill.teacher.model import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Totals:
+    """What was done in this run, by one worker or by all.
+
+    seconds: of the slowest worker. nll, targets: the sum of -log p of the tokens that follow, and their number.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    nll: float = 0.0
+    targets: int = 0
+
+    @classmethod
+    def add_up(cls, parts: Sequence[str]) -> "Totals":
+        """The totals of all workers, from their JSON."""
+        found = [cls(**json.loads(part)) for part in parts]
+        return cls(
+            tokens=sum(part.tokens for part in found),
+            seconds=max(part.seconds for part in found),
+            nll=sum(part.nll for part in found),
+            targets=sum(part.targets for part in found),
+        )
+
+
+class Worker:
+    """Does the blocks that are dealt to it.
+
+    missing: the blocks that all workers together are to do; dealt: those of this worker
+    total_tokens, done_tokens: of the whole store, and what of it was committed before this run
+    """
+
+    def __init__(
+        self, config: GenerateConfig, store: WritableStore, teacher: Teacher, board: Board, watch: Watch,
+        missing: list[int], dealt: list[int],
+    ) -> None:  # fmt: skip
+        self._config, self._store, self._board, self._teacher, self._watch = config, store, board, teacher, watch
+        self._plan = Plan(store.block_rows, store.read_all("sample_start"), store.read_all("sample_length"))
+        self._tokens_per_block = self._plan.tokens_per_block()
+        self.total_tokens = int(self._tokens_per_block.sum())
+        self.done_tokens = self.total_tokens - int(self._tokens_per_block[missing].sum())
+        self.totals = Totals()
+        self._blocks = dealt
+        there = self._plan.num_blocks - len(missing)
+        logger.info("%d of %d blocks are there; this worker does %d", there, self._plan.num_blocks, len(dealt))
+
+    def work(self) -> None:
+        """Run the teacher over each block. Meanwhile the block before is written and committed."""
+        began = time.monotonic()
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
+            for block in self._blocks:
+                arrays = self._forward(block)
+                if writing is not None:
+                    writing.result()  # at most one block waits in memory; an error of the writer surfaces here
+                if self._teacher.captures:
+                    writing = writer.submit(self._write, block, arrays)
+            if writing is not None:
+                writing.result()
+        self._teacher.close()
+        self.totals.seconds = time.monotonic() - began
+
+    def progress(self) -> tuple[int, str]:
+        """For the progress bar: the tokens that all workers have done in this run, and the bytes per token written."""
+        tokens, written = self._board.add("tokens written", 0), self._board.add("bytes written", 0)
+        return self._board.add("tokens", 0), f"{written / tokens:.0f} B/tok" if tokens else ""
+
+    def _forward(self, block: int) -> dict[str, NDArray[Any]]:
+        """The captured arrays of one block, up to its last row in use; only fill where another worker captures."""
+        samples = self._plan.samples_of(block)
+        starts = self._plan.starts[samples.start : samples.stop] - block * self._plan.block_rows
+        ends = starts + self._plan.lengths[samples.start : samples.stop]
+        tokens = self._store.read_rows("tokens", *(block * self._plan.block_rows + np.array([0, ends[-1]])))
+        k, num_temperatures = self._config.capture.k, len(self._config.capture.temperatures)
+        arrays = {
+            "target_ids": np.full((ends[-1], k), -1, np.int32),
+            "target_logprobs": np.full((ends[-1], k), np.nan, np.float16),
+            "logsumexp": np.full((ends[-1], num_temperatures), np.nan, np.float32),
+            "tail_logprob": np.full((ends[-1], num_temperatures), np.nan, np.float16),
+        }
+        for batch in self._plan.batches(block, self._config.batch.max_tokens):
+            self._watch.beat()
+            rows = [np.arange(starts[i - samples.start], ends[i - samples.start]) for i in batch]
+            captured = self._teacher.capture([tokens[span] for span in rows], k, self._config.capture.temperatures)
+            if captured is None:
+                continue
+            self._check_finite(captured, batch)
+            at = np.concatenate(rows)
+            arrays["target_ids"][at] = captured.target_ids.numpy()
+            arrays["target_logprobs"][at] = round_logprobs(captured.target_logprobs.numpy())
+            arrays["logsumexp"][at] = captured.logsumexp.numpy()
+            arrays["tail_logprob"][at] = round_logprobs(captured.tail_logprob.numpy())
+            known = captured.next_logprob[~captured.next_logprob.isnan()].double()
+            self.totals.tokens += len(at)
+            self.totals.nll -= known.sum().item()
+            self.totals.targets += len(known)
+            self._board.add("tokens", len(at))
+        return arrays
+
+    def _check_finite(self, captured: Captured, batch: list[int]) -> None:
+        """Raise NumericalError at the first row whose logits are NaN or infinite."""
+        bad = torch.nonzero(~captured.logsumexp.isfinite().all(dim=1))
+        if not len(bad):
+            return
+        position = int(bad[0])
+        for sample in batch:
+            if position < self._plan.lengths[sample]:
+                example = self._store.read_rows("sample_index", sample, sample + 1)[0]
+                raise NumericalError(
+                    f"the teacher's logits are NaN or infinite at position {position} of sample {sample} "
+                    f"(example {example} of the dataset); expected finite ones. Nothing of its block was written"
+                )
+            position -= int(self._plan.lengths[sample])
+
+    def _write(self, block: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Write the block's arrays, then its commit."""
+        for name in CAPTURED:
+            self._store.write_rows(name, block, arrays[name])
+        num_rows = int(self._tokens_per_block[block])
+        self._store.commit(block, num_rows, CAPTURED)
+        self._board.add("tokens written", num_rows)
+        self._board.add("bytes written", self._store.block_bytes(block, [*CAPTURED, "tokens"]))
+        logger.info("block %d is committed: %d rows", block, num_rows, extra={"console": False})

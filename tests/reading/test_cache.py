@@ -1,0 +1,195 @@
+"""TeacherCache beside the raw arrays, and what it refuses."""
+
+import pickle
+import shutil
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distill import TeacherCache, collate
+from distill.errors import StoreError
+from distill.reading.samples import empty_sample
+from distill.store.store import Store
+from tests.support import make_tokenizer, open_raw
+
+
+@pytest.fixture
+def copied(small_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_store, tmp_path / "copy.zarr"))
+
+
+def test_samples_are_what_the_arrays_hold(small_store: Path) -> None:
+    cache = TeacherCache(str(small_store), tokenizer=make_tokenizer())
+    starts, lengths = open_raw(small_store, "sample_start"), open_raw(small_store, "sample_length")
+    raw = {name: open_raw(small_store, name) for name in ("tokens", "target_ids", "target_logprobs", "logsumexp")}
+    assert len(cache) == len(starts) > 300
+    assert cache.max_length == 96
+    assert cache.temperatures == [1.0, 2.0]
+    for i in (0, 1, len(cache) // 2, -1):
+        sample, rows = cache[i], slice(starts[i], starts[i] + lengths[i])
+        assert sample["sample"] == range(len(cache))[i]
+        for name, array in raw.items():
+            np.testing.assert_array_equal(sample[name].numpy(), array[rows], err_msg=name)
+        assert sample["tokens"].dtype == sample["target_ids"].dtype == torch.int64
+        assert {sample[name].dtype for name in ("target_logprobs", "logsumexp", "tail_logprob")} == {torch.float32}
+        assert sample["tail_logprob"].shape == sample["logsumexp"].shape == (lengths[i], 2)
+    with pytest.raises(IndexError, match="found 100000"):
+        cache[100000]
+
+
+def test_slices_are_caches(small_store: Path) -> None:
+    cache = TeacherCache(str(small_store))
+    part = cache[10:40:3]
+    assert [sample["sample"] for sample in part] == list(range(10, 40, 3))
+    assert part[1:][0]["sample"] == 13
+    seen = [int(i) for batch in part.shuffled(batch_size=4) for i in batch["sample"]]
+    assert sorted(seen) == list(range(10, 40, 3))
+
+
+def test_a_split_keeps_examples_whole(small_store: Path) -> None:
+    cache = TeacherCache(str(small_store))
+    source = open_raw(small_store, "sample_index")
+    training, held_out = cache.split(60, seed=3)
+    numbers = [{int(part[i]["sample"]) for i in range(len(part))} for part in (training, held_out)]
+    assert numbers[0] | numbers[1] == set(range(len(cache)))
+    assert not {source[i] for i in numbers[0]} & {source[i] for i in numbers[1]}
+    assert 60 <= len(held_out) < 70
+    everything, nothing = cache.split(0)
+    assert (len(everything), len(nothing)) == (len(cache), 0)
+    assert {int(s["sample"]) for s in cache.split(60, seed=4)[1]} != numbers[1]
+
+
+def test_it_goes_to_other_processes(small_store: Path) -> None:
+    cache = TeacherCache(str(small_store))
+    expected = cache[5]["tokens"]
+    torch.testing.assert_close(pickle.loads(pickle.dumps(cache))[5]["tokens"], expected)
+    for method in ("fork", "spawn"):
+        with get_context(method).Pool(1) as pool:
+            torch.testing.assert_close(torch.tensor(pool.apply(_tokens, (cache, 5))), expected)
+
+
+def _tokens(cache: TeacherCache, i: int) -> list[int]:
+    found: list[int] = cache[i]["tokens"].tolist()
+    return found
+
+
+def test_a_url_is_not_read_after_a_fork(small_store: Path) -> None:
+    cache = TeacherCache(f"file://{small_store}")
+    assert cache[0]["tokens"].equal(TeacherCache(str(small_store))[0]["tokens"])
+    cache._reader._process = -1  # as in a child
+    with pytest.raises(StoreError, match="multiprocessing_context='forkserver'"):
+        cache[0]
+
+
+def test_unfinished_stores(copied: Path) -> None:
+    attributes = copied / "zarr.json"
+    attributes.write_text(attributes.read_text().replace('"complete": true', '"complete": false'))
+    (copied / "commits" / "c" / "2").unlink()
+    with pytest.raises(StoreError, match=r"is unfinished \(\d+ of \d+ blocks are there\)"):
+        TeacherCache(str(copied))
+    cache = TeacherCache(str(copied), allow_unfinished=True)
+    blocks = {int(open_raw(copied, "sample_start")[cache[i]["sample"]]) // 512 for i in range(len(cache))}
+    assert blocks == set(range(open_raw(copied, "commits").size)) - {2}
+
+
+def test_damage_is_named(copied: Path) -> None:
+    first = TeacherCache(str(copied))
+    in_block_1 = next(i for i in range(len(first)) if first._index.starts[i] >= 512)
+    shard = copied / "target_ids" / "c" / "1" / "0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    with pytest.raises(StoreError, match="damaged data in target_ids, rows 512 to 1024"):
+        TeacherCache(str(copied))[in_block_1]
+    shard.write_bytes(whole)
+    (copied / "logsumexp" / "c" / "1" / "0").unlink()
+    with pytest.raises(StoreError, match=rf"sample {in_block_1} has empty rows: a chunk is missing"):
+        TeacherCache(str(copied))[in_block_1]
+    (copied / "commits" / "c" / "1").unlink()
+    for read in (lambda cache: cache[in_block_1], lambda cache: list(cache.shuffled(batch_size=8))):
+        with pytest.raises(StoreError, match="block 1 is not there"):
+            read(TeacherCache(str(copied)))
+
+
+def test_what_is_not_a_store(tmp_path: Path, copied: Path) -> None:
+    with pytest.raises(StoreError, match="found no store at"):
+        TeacherCache(str(tmp_path / "nothing.zarr"))
+    attributes = copied / "zarr.json"
+    attributes.write_text(attributes.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(StoreError, match=r"expected format version 1 at .*, found 2"):
+        TeacherCache(str(copied))
+
+
+def test_tokenizers(small_store: Path) -> None:
+    more = make_tokenizer()
+    more.add_tokens(["<new>"])
+    TeacherCache(str(small_store), tokenizer=more)  # the same ids, and one that the teacher never gives
+    other = make_tokenizer()
+    other.get_vocab = lambda: {token: 261 - i for token, i in make_tokenizer().get_vocab().items()}
+    with pytest.raises(StoreError, match="gives other ids than the teacher's"):
+        TeacherCache(str(small_store), tokenizer=other)
+
+    class Smaller:
+        def __len__(self) -> int:
+            return 100
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+    with pytest.raises(StoreError, match=r"expected a student's tokenizer of 262 tokens, .* found 100"):
+        TeacherCache(str(small_store), tokenizer=Smaller())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_are_aligned(packed: bool) -> None:
+    lengths = [30, 7, 96, 1, 50, 46, 33, 33, 29, 2]
+    samples = []
+    for i, length in enumerate(lengths):
+        tokens = 1000 * (i + 1) + torch.arange(length)  # each token tells whose it is, and where it stands
+        about = tokens[:, None].float()
+        samples.append({"sample": i, "tokens": tokens, "target_ids": tokens[:, None].repeat(1, 3)})
+        samples[-1] |= {"target_logprobs": about.repeat(1, 3), "logsumexp": about, "tail_logprob": about}
+    batch = collate(samples, packed)
+    assert batch["input_ids"].shape == (4 if packed else 10, 96)  # 327 tokens
+    real = batch["input_ids"] > 0
+    sample, position = batch["input_ids"][real] // 1000 - 1, batch["input_ids"][real] % 1000
+    assert sample.bincount().tolist() == lengths
+    assert batch["position_ids"][real].equal(position)
+    last = position == torch.tensor(lengths)[sample] - 1
+    assert batch["next_tokens"][real].equal(torch.where(last, -1, batch["input_ids"][real] + 1))
+    assert batch["loss_mask"][real].equal(~last)
+    assert not batch["loss_mask"][~real].any()
+    for name in ("target_ids", "target_logprobs", "logsumexp", "tail_logprob"):
+        assert (batch[name][real] == batch["input_ids"][real][:, None]).all()
+        assert (batch[name][~real] == 0).all()
+    padding = ((~real).long().cumsum(dim=1) - 1)[~real]
+    assert batch["position_ids"][~real].equal(padding)  # padding is one more sample: it starts at 0
+
+
+def test_a_loss_mask_is_kept(small_store: Path) -> None:
+    sample = TeacherCache(str(small_store))[0]
+    sample["loss_mask"] = torch.arange(len(sample["tokens"])) % 2 == 0
+    mask = collate([sample])["loss_mask"][0]
+    assert mask[:-1].equal(sample["loss_mask"][:-1])
+    assert not mask[-1]
+    nothing = collate([empty_sample(8, 2)])
+    assert nothing["sample"].tolist() == [-1]
+    assert not nothing["loss_mask"].any()
+
+
+def test_opening_reads_the_index_alone(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = Store.read_rows
+
+    def spying(self: Store, name: str, start: int, stop: int) -> Any:
+        read.append(name)
+        return plain(self, name, start, stop)
+
+    monkeypatch.setattr(Store, "read_rows", spying)
+    cache = TeacherCache(str(small_store))
+    assert sorted(read) == ["sample_length", "sample_start"]
+    cache[0]
+    assert "tokens" in read

@@ -1,0 +1,99 @@
+"""All rank arithmetic, without a process group; and the board that workers share."""
+
+import threading
+
+import pytest
+import torch
+
+from distill.errors import ConfigError, PeerError
+from distill.run.board import Board
+from distill.run.grid import Grid
+
+
+def grids(nodes: int, each: int, shard_size: int) -> list[Grid]:
+    """Every worker of `nodes` nodes with `each` workers."""
+    return [
+        Grid(node * each + local, nodes * each, local, each, node, launched=True).sharded(shard_size)
+        for node in range(nodes)
+        for local in range(each)
+    ]
+
+
+@pytest.mark.parametrize(("nodes", "each", "shard_size"), [(1, 1, 1), (1, 8, 2), (2, 4, 4), (3, 4, 2), (2, 8, 8)])
+def test_a_replica_is_consecutive_workers_of_one_node(nodes: int, each: int, shard_size: int) -> None:
+    workers = grids(nodes, each, shard_size)
+    members: dict[int, list[Grid]] = {}
+    for worker in workers:
+        members.setdefault(worker.replica, []).append(worker)
+    assert sorted(members) == list(range(workers[0].num_replicas))
+    assert len(workers) == workers[0].num_replicas * shard_size
+    for replica in members.values():
+        assert len({worker.node for worker in replica}) == 1
+        assert [worker.shard_rank for worker in replica] == list(range(shard_size))
+        assert [worker.local_rank for worker in replica] == list(
+            range(replica[0].local_rank, replica[0].local_rank + shard_size)
+        )
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 5, 16])
+def test_blocks_are_dealt_to_replicas(num_blocks: int) -> None:
+    workers = grids(2, 4, 2)
+    shares = {worker.replica: worker.deal(range(num_blocks)) for worker in workers}
+    assert all(worker.deal(range(num_blocks)) == shares[worker.replica] for worker in workers)
+    assert sorted(block for share in shares.values() for block in share) == list(range(num_blocks))
+
+
+@pytest.mark.parametrize(("each", "shard_size"), [(8, 3), (4, 8), (2, 0), (1, 2)])
+def test_wrong_degrees_are_refused_with_the_arithmetic(each: int, shard_size: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"expected a divisor of the {each} workers of a node, found {shard_size}: \d+ "
+    ):
+        Grid(world_size=each, local_world_size=each).sharded(shard_size)
+
+
+def test_uneven_nodes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="expected as many workers on every node, found 2 on node 1 after 3"):
+        Grid(rank=3, world_size=5, local_rank=0, local_world_size=2, node=1).sharded(2)
+
+
+def test_the_role_names_replica_and_shard() -> None:
+    assert Grid(rank=5, world_size=8, local_rank=5, local_world_size=8).sharded(2).role == (
+        "replica 2 of 4, shard rank 1 of 2"
+    )
+    assert Grid().role == ""
+
+
+def test_workers_meet() -> None:
+    board, order = Board(torch.distributed.HashStore()), []
+
+    def late() -> None:
+        order.append("late")
+        board.meet("here", 2, poll_seconds=0.001)
+
+    other = threading.Timer(0.2, late)
+    other.start()
+    board.meet("here", 2, poll_seconds=0.001)
+    order.append("met")
+    other.join()
+    assert order == ["late", "met"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [("Connection closed by peer", "is gone"), ("Timed out waiting 7000ms for recv", "has not answered for 7 s")],
+)
+def test_only_the_others_errors_are_a_victims(error: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker of two that loses the other names it; an error of its own is left alone."""
+    from distill.run import groups
+
+    grid = Grid(world_size=2, local_world_size=2).sharded(2)
+    monkeypatch.setattr(groups, "GRACE_SECONDS", 0)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match="mine"), groups.process_group(grid, torch.device("cpu"), 7):
+        raise RuntimeError("mine")
+    with (
+        pytest.raises(PeerError, match=f"^worker 1 {told}") as caught,
+        groups.process_group(grid, torch.device("cpu"), 7),
+    ):
+        raise RuntimeError(f"[pair.cc:1] gloo: {error}")
+    assert caught.value.ranks == [1]

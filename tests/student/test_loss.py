@@ -1,0 +1,229 @@
+"""Losses against the dense formulas in float64, with their gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from distill.errors import ConfigError
+from distill.student.loss import DistillationLoss, Target, forward_kl
+from distill.teacher.capture import capture
+
+N, V, K = 12, 50, 6
+TEMPERATURES = [1.0, 2.5]
+
+
+def teacher_rows(k=K, vocab=V, scale=3.0):
+    """Logits of a teacher [N, V], the rows that a store would hold of them, unrounded, and the next tokens."""
+    torch.manual_seed(0)
+    logits = torch.randn(N, vocab) * scale
+    following = torch.arange(N) % min(vocab, V)
+    following[0] = logits[0].argmax()  # one is among the kept ids for sure
+    found = capture(logits.clone(), k, TEMPERATURES, following)
+    names = ("target_logprobs", "logsumexp", "tail_logprob")
+    rows = {name: getattr(found, name).clone() for name in names}
+    return logits, rows | {"target_ids": found.target_ids.long(), "next_tokens": following}
+
+
+def student_logits(vocab=V):
+    torch.manual_seed(1)
+    return (torch.randn(N, vocab) * 2).requires_grad_()
+
+
+def coarse(logits, ids, temperature=1.0):
+    """Probabilities [N, K + 1] of the ids and of all others together, in float64, the plain way."""
+    p = (logits.double() / temperature).softmax(dim=1)
+    kept = p.gather(1, ids)
+    outside = torch.ones_like(p).scatter(1, ids, 0.0)
+    return torch.cat([kept, (p * outside).sum(dim=1, keepdim=True)], dim=1)
+
+
+def dense(loss, teacher, rows, student):
+    """The loss of each row from full distributions in float64."""
+    t = loss.temperature
+    p, q = coarse(teacher, rows["target_ids"], t), coarse(student, rows["target_ids"], t)
+    log_q = (student.double() / t).log_softmax(dim=1)
+    match loss.divergence, loss.tail:
+        case "forward_kl", "bucket":
+            divergence = (p * (p.log() - q.log())).sum(dim=1)
+        case "forward_kl", "renormalize":
+            kept = p[:, :-1] / p[:, :-1].sum(dim=1, keepdim=True)
+            divergence = (kept * (kept.log() - log_q.gather(1, rows["target_ids"]))).sum(dim=1)
+        case "forward_kl", "ground_truth":
+            full = torch.zeros_like(log_q).scatter(1, rows["target_ids"], p[:, :-1])
+            full = full.scatter_add(1, rows["next_tokens"][:, None], p[:, -1:])
+            divergence = torch.special.xlogy(full, full).sum(dim=1) - (full * log_q).sum(dim=1)
+        case "reverse_kl", _:
+            divergence = (q * (q.log() - p.log())).sum(dim=1)
+        case _:
+            m = (p + q) / 2
+            divergence = ((p * (p.log() - m.log())).sum(dim=1) + (q * (q.log() - m.log())).sum(dim=1)) / 2
+    cross_entropy = nn.functional.cross_entropy(student.double(), rows["next_tokens"], reduction="none")
+    return loss.alpha * t**2 * divergence + (1 - loss.alpha) * cross_entropy
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(
+    ("divergence", "tail"),
+    [
+        ("forward_kl", "bucket"),
+        ("forward_kl", "renormalize"),
+        ("forward_kl", "ground_truth"),
+        ("reverse_kl", "bucket"),
+        ("jensen_shannon", "bucket"),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_dense_formula(divergence, tail, temperature, alpha):
+    loss = DistillationLoss(divergence, tail, temperature, alpha)
+    teacher, rows = teacher_rows()
+    ours, theirs = student_logits(), student_logits()
+    found, expected = loss.per_row(ours, rows, TEMPERATURES), dense(loss, teacher, rows, theirs)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    weights = torch.linspace(0.5, 2.0, N)  # rows do not weigh the same: a gradient put in a wrong row would show
+    (found * weights).sum().backward()
+    (expected * weights.double()).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(divergence):
+    teacher, rows = teacher_rows()
+    logits = teacher.clone().requires_grad_()
+    found = DistillationLoss(divergence).per_row(logits, rows, TEMPERATURES)
+    assert found.abs().max() < 1e-5
+    found.sum().backward()
+    assert logits.grad.abs().max() < 1e-5
+
+
+def test_all_ids_kept_is_the_full_divergence():
+    teacher, rows = teacher_rows(k=8, vocab=8)
+    logits = student_logits(8)
+    found = DistillationLoss().per_row(logits, rows, TEMPERATURES)
+    p, log_q = teacher.softmax(dim=1), logits.log_softmax(dim=1)
+    torch.testing.assert_close(found, (p * (p.log() - log_q)).sum(dim=1), atol=1e-5, rtol=1e-5)
+    found.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_draws_are_unbiased():
+    teacher, _ = teacher_rows()
+    p = teacher[:1].softmax(dim=1)
+    one, full = student_logits()[:1].detach().requires_grad_(), student_logits()[:1].detach().requires_grad_()
+    torch.manual_seed(2)
+    draws = torch.multinomial(p[0], 200_000, replacement=True).view(1, -1)
+    forward_kl(one, Target.from_draws(draws)).sum().backward()
+    (p * (p.log() - full.log_softmax(dim=1))).sum().backward()
+    torch.testing.assert_close(one.grad, full.grad, atol=5e-3, rtol=0)
+
+
+def test_ids_that_the_student_lacks_count_as_tail():
+    teacher, rows = teacher_rows(vocab=V + 4, scale=1.0)
+    teacher[:, V:] += 2.0  # so that padding of the softmax is among the kept
+    found = capture(teacher.clone(), K, TEMPERATURES, rows["next_tokens"])
+    rows |= {"target_ids": found.target_ids.long(), "target_logprobs": found.target_logprobs.clone()}
+    rows |= {"logsumexp": found.logsumexp.clone(), "tail_logprob": found.tail_logprob.clone()}
+    known = rows["target_ids"] < V
+    assert known.any(dim=1).all()
+    assert not known.all()
+    target = DistillationLoss().target(rows, TEMPERATURES, V)
+    assert target.tail is not None
+    p = teacher.softmax(dim=1)
+    mass = (p.gather(1, rows["target_ids"]) * known).sum(dim=1)
+    torch.testing.assert_close(target.tail.exp(), 1 - mass, atol=1e-5, rtol=1e-5)
+    logits = student_logits()
+    loss = DistillationLoss().per_row(logits, rows, TEMPERATURES)
+    q = logits.softmax(dim=1)
+    for row in range(N):
+        ids = rows["target_ids"][row][known[row]]
+        kept = p[row, ids], q[row, ids]
+        expected = (kept[0] * (kept[0].log() - kept[1].log())).sum()
+        expected += (1 - kept[0].sum()) * ((1 - kept[0].sum()).log() - (1 - kept[1].sum()).log())
+        torch.testing.assert_close(loss[row], expected, atol=1e-4, rtol=1e-4)
+    loss.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def batch_of_rows(rows, empty=False):
+    """The rows as a batch [2, 6, ...] whose mask leaves out the last row of each."""
+    batch = {name: values.view(2, N // 2, *values.shape[1:]) for name, values in rows.items()}
+    mask = torch.ones(2, N // 2, dtype=torch.bool)
+    mask[:, -1] = False
+    return batch | {"loss_mask": mask & (not empty)}
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 10, 1000])
+def test_chunks_change_nothing(chunk_tokens):
+    _, rows = teacher_rows()
+    batch = batch_of_rows(rows)
+    found = []
+    for chunked in (True, False):
+        torch.manual_seed(3)
+        head = nn.Linear(16, V)
+        hidden = torch.randn(2, N // 2, 16, requires_grad=True)
+        loss = DistillationLoss(alpha=0.5)
+        if chunked:
+            total = loss.from_hidden(hidden, head, batch, TEMPERATURES, chunk_tokens)
+        else:
+            mask = batch["loss_mask"]
+            total = loss.per_row(head(hidden[mask]), {k: v[mask] for k, v in batch.items()}, TEMPERATURES).sum()
+        total.backward()
+        assert hidden.grad is not None
+        assert (hidden.grad[:, -1] == 0).all()  # rows that are masked out teach nothing
+        found.append([total, hidden.grad, head.weight.grad, head.bias.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_no_chunk_is_larger_than_it_should_be():
+    _, rows = teacher_rows()
+    seen = []
+    head = nn.Linear(16, V)
+
+    def spying(part):
+        seen.append(len(part))
+        return head(part)
+
+    DistillationLoss().from_hidden(torch.randn(2, N // 2, 16), spying, batch_of_rows(rows), TEMPERATURES, 4)
+    assert seen == [4, 4, 2]
+
+
+def test_an_empty_batch_has_zero_gradients_everywhere():
+    _, rows = teacher_rows()
+    head, hidden = nn.Linear(16, V), torch.randn(2, N // 2, 16, requires_grad=True)
+    total = DistillationLoss().from_hidden(hidden, head, batch_of_rows(rows, empty=True), TEMPERATURES)
+    total.backward()
+    assert total == 0
+    for gradient in (hidden.grad, head.weight.grad, head.bias.grad):
+        assert gradient is not None
+        assert (gradient == 0).all()
+
+
+def test_extreme_logits_stay_finite():
+    _, rows = teacher_rows(scale=60.0)  # tails down to e^-200 and less
+    logits = (student_logits() * 50).detach().requires_grad_()
+    for divergence in ("forward_kl", "reverse_kl", "jensen_shannon"):
+        loss = DistillationLoss(divergence).per_row(logits, rows, TEMPERATURES)
+        assert loss.isfinite().all()
+        loss.sum().backward()
+        assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"divergence": "kl"}, "loss.divergence: expected forward_kl, reverse_kl, jensen_shannon, found 'kl'"),
+        ({"divergence": "reverse_kl", "tail": "renormalize"}, "loss.tail: expected bucket with reverse_kl"),
+        ({"alpha": 1.5}, "alpha in"),
+        ({"temperature": 0.0}, "temperature > 0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        DistillationLoss(**settings)
+
+
+def test_temperatures_that_the_store_lacks():
+    with pytest.raises(ConfigError, match=r"expected one of \[1.0\], .* found 2.0.*temperatures=\[1.0,2.0\]"):
+        DistillationLoss(temperature=2.0).check([1.0])
+    DistillationLoss(temperature=2.0, tail="renormalize").check([1.0])
+    DistillationLoss(temperature=2.0).check([1.0, 2.0])
