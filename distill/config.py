@@ -1,10 +1,10 @@
-"""Every setting there is, with its default and its line of --help, as frozen dataclasses; settings.py reads them."""
+"""Every setting, with its default and its line of --help, as frozen dataclasses. settings.py reads them."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill.errors import ConfigError
-from distill.settings import at_least, is_list_of, key
+from distill.settings import is_list_of, key
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,12 @@ class DatasetConfig:
     text_column: str = key("text", "column of plain text")
     messages_column: str | None = key(None, "column of chat messages ({role, content}), instead of text_column")
     streaming: bool = key(False, "read the dataset as a stream, without storing its raw text")
-    max_samples: int | None = key(None, "use only the first N examples of the dataset")
-    max_length: int | None = key(1024, "most tokens in a sample; null = no limit")
+    max_samples: int | None = key(None, "use only the first N examples of the dataset", least=1)
+    max_length: int | None = key(1024, "largest number of tokens in a sample; null = no limit", least=2)
     long: str = key("split", "texts beyond max_length: split into windows, or truncate", ("split", "truncate"))
-    num_proc: int = key(1, "processes that tokenize")
+    num_proc: int = key(1, "processes that tokenize", least=1)
 
     def __post_init__(self) -> None:
-        at_least("dataset.max_samples", self.max_samples, 1)
-        at_least("dataset.max_length", self.max_length, 2)
-        at_least("dataset.num_proc", self.num_proc, 1)
         files = self.data_files
         if not (files is None or isinstance(files, str) or is_list_of(files, str)):
             raise ConfigError(f"dataset.data_files: expected a file or a list of files, found {files!r}")
@@ -57,13 +54,11 @@ class CaptureConfig:
     """What is kept of the teacher's distributions."""
 
     method: str = key("topk", "topk = the k most probable ids and the exact mass of the rest", ("topk",))
-    k: int = key(64, "ids kept per token")
+    k: int = key(64, "ids kept per token", least=1)
     temperatures: list[float] = key([1.0], "temperatures with a logsumexp and a tail column; 1.0 is one of them")
-    seed: int = key(0, "seed of the order in which samples are laid out")
+    seed: int = key(0, "seed of the order in which samples are laid out", least=0)
 
     def __post_init__(self) -> None:
-        at_least("capture.k", self.k, 1)
-        at_least("capture.seed", self.seed, 0)
         found = list(self.temperatures)
         if 1.0 not in found or min(found) <= 0 or len(set(found)) < len(found):
             raise ConfigError(
@@ -73,24 +68,23 @@ class CaptureConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How copies of the teacher are laid over workers and devices; docs/parallelism.md says which for what."""
+    """How replicas of the teacher are spread over workers and devices; docs/parallelism.md says when to use what."""
 
     mode: str = key(
         "auto",
-        "data = one device a copy; device_map = several a worker; tensor, pipeline = several workers a copy",
+        "of a replica: data = one device; device_map = several devices, one worker; tensor, pipeline = several workers",
         ("auto", "data", "device_map", "tensor", "pipeline"),
     )
-    shard_size: int | str = key("auto", "workers (device_map: devices) of one copy; auto = the fewest that hold it")
-    max_memory: str | None = key(None, "device_map: the most weights on a device, e.g. 70GiB; the rest is offloaded")
+    shard_size: int | str = key(
+        "auto", "workers (device_map: devices) of a replica; auto = the fewest that hold it", ("auto",), least=1
+    )
+    max_memory: str | None = key(None, "device_map: the most weights on each device, e.g. 70GiB; the rest is offloaded")
 
     def __post_init__(self) -> None:
-        size = self.shard_size
-        if size != "auto" and (not isinstance(size, int) or size < 1):
-            raise ConfigError(f"parallel.shard_size: expected auto or a positive integer, found {size!r}")
-        if self.mode == "data" and size not in ("auto", 1):
+        if self.mode == "data" and self.shard_size not in ("auto", 1):
             raise ConfigError(
-                f"parallel.shard_size: expected 1 with parallel.mode=data, found {size}; "
-                "tensor, pipeline or device_map share a copy"
+                f"parallel.shard_size: expected 1 with parallel.mode=data, found {self.shard_size}; "
+                "with tensor, pipeline or device_map a replica may be larger"
             )
         if self.max_memory is not None and self.mode != "device_map":
             raise ConfigError(f"parallel.max_memory: expected parallel.mode=device_map with it, found {self.mode}")
@@ -98,46 +92,9 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How samples are batched for the teacher. Batches never depend on the number of workers."""
+    """How samples are batched for the teacher. Batches do not depend on the number of workers."""
 
-    max_tokens: int = key(16384, "tokens in one forward pass, padding included")
-
-    def __post_init__(self) -> None:
-        at_least("batch.max_tokens", self.max_tokens, 1)
-
-
-@dataclass(frozen=True)
-class StoreConfig:
-    """Where the store is, and how it is cut and compressed."""
-
-    path: str = key("outputs/demo.zarr", "folder, or URL of an object store (s3://bucket/name)")
-    options: dict[str, Any] = key({}, "options of the object store's client (needs the extra distill[s3])")
-    block_rows: int | str = key("auto", "token rows in a block, the unit of work; auto = from the data alone")
-    codec: str = key(
-        "portable", "portable = blosc-zstd, any Zarr reader; compact = pcodec, smaller", ("portable", "compact")
-    )
-
-    def __post_init__(self) -> None:
-        rows = self.block_rows
-        if rows != "auto" and (not isinstance(rows, int) or rows < 1):
-            raise ConfigError(f"store.block_rows: expected auto or a positive integer, found {rows!r}")
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Everything that ``-m distill.generate`` can be told."""
-
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    capture: CaptureConfig = field(default_factory=CaptureConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
-    timeout_seconds: int = key(600, "how long a worker may make no progress, before that ends the run")
-    log_dir: str = key("logs", "folder of the workers' logs")
-
-    def __post_init__(self) -> None:
-        at_least("timeout_seconds", self.timeout_seconds, 1)
+    max_tokens: int = key(16384, "tokens in one forward pass, with padding", least=1)
 
 
 @dataclass(frozen=True)
@@ -149,22 +106,47 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class StoreConfig(CacheConfig):
+    """Which store is written, and how it is cut and compressed."""
+
+    block_rows: int | str = key(
+        "auto", "token rows in a block, the unit of work; auto = from the data alone", ("auto",), least=1
+    )
+    codec: str = key(
+        "portable", "portable = blosc-zstd, any Zarr reader; compact = pcodec, smaller", ("portable", "compact")
+    )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Every setting of ``-m distill.generate``."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
+    log_dir: str = key("logs", "folder of the workers' logs")
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """Which model is the student, and what it starts from."""
 
     model: str = key("teacher", "Hugging Face id or folder; teacher = the store's own teacher")
-    layers: int | None = key(None, "keep so many of its layers, evenly spaced, first and last among them; null = all")
+    layers: int | None = key(
+        None, "keep only so many layers, evenly spaced, the first and the last among them; null = all", least=1
+    )
     init: str = key("pretrained", "pretrained = its weights; random = only its configuration", ("pretrained", "random"))
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
     attn_implementation: str | None = key(None, "attention kernel, passed to transformers")
 
-    def __post_init__(self) -> None:
-        at_least("student.layers", self.layers, 1)
-
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the student is asked to match; docs/training.md has the formulas."""
+    """What the student has to match; docs/training.md has the formulas."""
 
     divergence: str = key("forward_kl", "from teacher to student", ("forward_kl", "reverse_kl", "jensen_shannon"))
     tail: str = key(
@@ -184,12 +166,10 @@ class OptimizerConfig:
     weight_decay: float = key(0.1, "of matrices; vectors (norms, biases) have none")
     warmup: float = key(0.05, "share of the steps until the peak")
     clip: float = key(1.0, "largest norm of the gradient")
-    epochs: int = key(1, "times over the training samples")
-    steps: int | None = key(None, "optimizer steps, instead of epochs")
+    epochs: int = key(1, "times over the training samples", least=1)
+    steps: int | None = key(None, "optimizer steps, instead of epochs", least=1)
 
     def __post_init__(self) -> None:
-        at_least("optimizer.epochs", self.epochs, 1)
-        at_least("optimizer.steps", self.steps, 1)
         if self.learning_rate <= 0 or self.clip <= 0 or self.weight_decay < 0 or not 0 <= self.warmup <= 1:
             raise ConfigError(
                 "optimizer: expected learning_rate > 0, clip > 0, weight_decay >= 0 and warmup in [0, 1], found "
@@ -201,32 +181,24 @@ class OptimizerConfig:
 class TrainBatchConfig:
     """How samples are read and batched for the student."""
 
-    samples: int = key(8, "samples in a worker's forward pass")
-    accumulate: int = key(1, "forward passes in an optimizer step")
-    packed: bool = key(True, "lay samples end to end in full rows, which do not see each other")
-    readers: int = key(2, "DataLoader workers beside each worker")
-    window_blocks: int = key(16, "blocks in a reader's memory, among which samples are shuffled")
-
-    def __post_init__(self) -> None:
-        for name, least in {"samples": 1, "accumulate": 1, "readers": 0, "window_blocks": 1}.items():
-            at_least(f"batch.{name}", getattr(self, name), least)
+    samples: int = key(8, "samples in a worker's forward pass", least=1)
+    accumulate: int = key(1, "forward passes in an optimizer step", least=1)
+    packed: bool = key(True, "put samples end to end in full rows; they do not see each other")
+    readers: int = key(2, "DataLoader workers of each worker", least=0)
+    window_blocks: int = key(16, "blocks in a reader's memory, whose samples are shuffled together", least=1)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out samples, by whole examples of the dataset, and how often they are looked at."""
+    """How much is held out, by whole examples of the dataset, and how often the student is measured on it."""
 
-    samples: int = key(64, "samples held out of training, about; 0 = none, and no evaluation")
-    every: int = key(100, "steps between two evaluations; one is made before and one after in any case")
-
-    def __post_init__(self) -> None:
-        at_least("evaluation.samples", self.samples, 0)
-        at_least("evaluation.every", self.every, 1)
+    samples: int = key(64, "samples held out of training, about; 0 = none, and no evaluation", least=0)
+    every: int = key(100, "steps between two evaluations; there is always one before and one after", least=1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that ``-m distill.train`` can be told."""
+    """Every setting of ``-m distill.train``."""
 
     store: CacheConfig = field(default_factory=CacheConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -234,18 +206,13 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: TrainBatchConfig = field(default_factory=TrainBatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    parallel: str = key("ddp", "a whole student per worker, or its shares (fully_shard)", ("ddp", "fsdp"))
+    parallel: str = key("ddp", "ddp = a whole student on each worker; fsdp = a share of it (FSDP2)", ("ddp", "fsdp"))
     autocast: str = key(
         "auto", "dtype of the matrix products: auto = bfloat16 on a GPU", ("auto", "float32", "bfloat16")
     )
     device: str = key("auto", "auto (cuda if there is one), cpu, or cuda")
-    seed: int = key(0, "of shuffling, of random weights and of dropout")
-    checkpoint_every: int = key(100, "steps between two checkpoints")
+    seed: int = key(0, "of shuffling, of random weights and of dropout", least=0)
+    checkpoint_every: int = key(100, "steps between two checkpoints", least=1)
     output: str = key("outputs/student", "folder of the student, its checkpoints and its metrics")
-    timeout_seconds: int = key(600, "how long a worker may make no progress, before that ends the run")
+    timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
     log_dir: str = key("logs", "folder of the workers' logs")
-
-    def __post_init__(self) -> None:
-        at_least("seed", self.seed, 0)
-        at_least("checkpoint_every", self.checkpoint_every, 1)
-        at_least("timeout_seconds", self.timeout_seconds, 1)

@@ -18,13 +18,11 @@ The same command again does what is missing, with any number of workers.
 import contextlib
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distill import __version__
 from distill.config import GenerateConfig
@@ -34,38 +32,28 @@ from distill.run.grid import Grid, refuse_other_launchers
 from distill.run.nodes import check_nodes
 from distill.run.session import Session, run_worker
 
-if TYPE_CHECKING:
-    import torch
-
-    from distill.run.progress import Bar
-    from distill.store.writable import WritableStore
-    from distill.teacher.placement import Needs
-    from distill.teacher.prepare import Job
-    from distill.teacher.source import Source
-    from distill.teacher.worker import Totals
-
 logger = logging.getLogger("distill.generate")  # __name__ is __main__ here
-
-USAGE = "[torchrun --nproc_per_node N | python] -m distill.generate [--plan]"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run with these command-line arguments; return the exit status: 0 done, 1 failed, 2 bad usage or input."""
+    usage = "[torchrun --nproc_per_node N | python] -m distill.generate [--plan]"
     settings = [argument for argument in arguments if argument != "--plan"]
     body = generate if len(settings) == len(arguments) else partial(show_plan, arguments=settings)
-    return run_worker(GenerateConfig, USAGE, settings, body)
+    return run_worker(GenerateConfig, usage, settings, body)
 
 
 def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     """The six steps above, as the worker that `grid` describes."""
-    # Imported here, and below: torch, transformers and zarr take seconds, which --help or a misspelt key should not.
+    # Imported here: torch, transformers and zarr take seconds, which --help or a misspelt key should not.
     from distill.run.device import first_device, free_bytes, pick_device
     from distill.run.groups import process_group
     from distill.run.watch import Watch
+    from distill.teacher import prepare
     from distill.teacher.loading import load
     from distill.teacher.model import Teacher
-    from distill.teacher.prepare import Job
-    from distill.teacher.worker import Worker
+    from distill.teacher.summary import summary
+    from distill.teacher.worker import Totals, Worker
 
     refuse_other_launchers()
     device = pick_device("teacher.device", config.teacher.device, grid.local_rank, grid.local_world_size)
@@ -74,9 +62,9 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     announce(config, grid)
     check_nodes(grid, board, config, config.store.path)
     with first_of_node(grid, board):  # it converts or downloads the teacher
-        source, needs = find(config, device)
+        source, needs = prepare.find(config, device)
     board.note(f"free memory of {grid.rank}", str(free_bytes(device, grid.local_world_size)))
-    job = plan(config, grid, board, source, needs, device) if grid.rank == 0 else Job.read(board, config, grid.rank)
+    job = prepare.plan_job(config, grid, board, source, needs, device)
     if job is None:  # complete already
         return
 
@@ -100,7 +88,19 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             worker.work()
         watch.rest()
         shutil.rmtree(offloaded, ignore_errors=True)
-        finish(config, grid, board, job.store, worker.totals, bar)
+        board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
+        if grid.rank > 0:  # stay, to watch worker 0; and because a worker that is gone while others work has failed
+            with contextlib.suppress(PeerError):
+                board.wait("all are done", poll_seconds=1.0)
+            return
+        totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
+        board.note("all are done", "yes")
+        bar.show()
+        bar.close()
+        if left := job.store.missing_blocks():
+            raise RuntimeError(f"blocks {left[:10]} are not committed although every worker is done")
+        job.store.mark_complete()
+        logger.info(summary(job.store, config, totals))
 
 
 def announce(config: GenerateConfig, grid: Grid) -> None:
@@ -113,93 +113,13 @@ def announce(config: GenerateConfig, grid: Grid) -> None:
         logger.info("distill %s, %d worker%s", __version__, grid.world_size, where)
 
 
-def find(config: GenerateConfig, device: "torch.device") -> "tuple[Source, Needs]":
-    """The teacher's files, and what the teacher needs of a device like this one."""
-    from distill.teacher.model import resolve_dtype, slice_bytes
-    from distill.teacher.placement import Needs
-    from distill.teacher.source import locate
-
-    source = locate(config.teacher)
-    return source, Needs.of(source, resolve_dtype(source, device), config.batch.max_tokens, slice_bytes(device))
-
-
-def plan(
-    config: GenerateConfig, grid: Grid, board: Board, source: "Source", needs: "Needs", device: "torch.device"
-) -> "Job | None":
-    """Worker 0 places the teacher, finds or makes the store, and tells the others. None: the store is complete."""
-    from distill.run.device import count_devices
-    from distill.settings import to_yaml
-    from distill.teacher import prepare
-    from distill.teacher.placement import arithmetic, decide
-    from distill.teacher.summary import summary
-
-    prepare.check_settings(config, source)
-    free = min(int(board.wait(f"free memory of {rank}")) for rank in range(grid.world_size))
-    devices = count_devices(config.teacher.device, device, grid.local_world_size)
-    placement = decide(config.parallel, needs, free, grid, devices)
-    fingerprint = prepare.fingerprint_of(config, source, needs)
-    store = prepare.find_store(config, fingerprint)
-    if store is not None and store.complete:
-        prepare.Job.publish_nothing(board)
-        logger.info("%s is complete already: nothing to do", config.store.path)
-        logger.info(summary(store, config))
-        return None
-    logger.info("teacher: %s, %s, on %s", config.teacher.model, needs.dtype_name, device)
-    logger.info("parallel: %s; %s", placement.describe(grid), arithmetic(needs, free, placement))
-    (Path(config.log_dir) / "config.yaml").write_text(to_yaml(config))
-    job = prepare.Job.of(placement, store or prepare.plan_store(config, source, needs, fingerprint))
-    job.publish(board)
-    return job
-
-
-def finish(
-    config: GenerateConfig, grid: Grid, board: Board, store: "WritableStore", totals: "Totals", bar: "Bar"
-) -> None:
-    """Worker 0 waits for all, checks that every block is committed, marks the store complete and sums up."""
-    from distill.teacher.summary import summary
-    from distill.teacher.worker import Totals
-
-    board.note(f"totals of {grid.rank}", json.dumps(vars(totals)))
-    if grid.rank > 0:  # stay, to watch worker 0; and because a worker that is gone while others work has failed
-        with contextlib.suppress(PeerError):
-            board.wait("all are done", poll_seconds=1.0)
-        return
-    together = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
-    board.note("all are done", "yes")
-    bar.show()
-    bar.close()
-    if left := store.missing_blocks():
-        raise RuntimeError(f"blocks {left[:10]} are not committed although every worker is done")
-    store.mark_complete()
-    logger.info(summary(store, config, together))
-
-
 def show_plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequence[str]) -> None:
-    """Print what a run with these `arguments` would do, and how large its store would be; no teacher is loaded.
+    """Print what a run with these `arguments` would do, and how large its store would be; no teacher is loaded."""
+    if grid.rank == 0:
+        from distill.teacher.prepare import preview
 
-    Without torchrun: for the workers that this machine would take, one for each GPU, or for each core.
-    """
-    from distill.run.device import count_devices, free_bytes, pick_device
-    from distill.teacher import prepare
-    from distill.teacher.placement import decide
-    from distill.teacher.summary import plan_table
-
-    if grid.rank > 0:
-        return
-    device = pick_device("teacher.device", config.teacher.device, 0, 1)
-    session.open(config.log_dir, grid.log_name)
-    if not grid.launched:
-        each = config.parallel.shard_size if config.parallel.mode == "device_map" else 1
-        devices = count_devices(config.teacher.device, device, len(os.sched_getaffinity(0)))
-        workers = max(1, devices // each) if isinstance(each, int) else 1
-        grid = Grid(world_size=workers, local_world_size=workers)
-    source, needs = find(config, device)
-    prepare.check_settings(config, source)
-    free = free_bytes(device, grid.local_world_size)
-    devices = count_devices(config.teacher.device, device, grid.local_world_size)
-    placement = decide(config.parallel, needs, free, grid, devices)
-    _, _, layout = prepare.lay_out(config, source)
-    print(plan_table(config, grid, needs, placement, layout, free, device, arguments))
+        session.open(config.log_dir, grid.log_name)
+        print(preview(config, grid, arguments))
 
 
 if __name__ == "__main__":

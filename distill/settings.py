@@ -20,9 +20,12 @@ from distill.errors import ConfigError, first_line
 Config = TypeVar("Config")
 
 
-def key(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
-    """A configuration key: its default, its one line of --help and, where the values can be listed, its choices."""
-    metadata = {"help": help, "choices": tuple(choices)}
+def key(default: Any, help: str, choices: Sequence[str] = (), least: int | None = None) -> Any:
+    """A configuration key: its default and its line of --help.
+
+    choices: the values it may have, if they can be listed. least: the least number it may be, beside the choices.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "least": least}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -48,12 +51,19 @@ def load(kind: type[Config], arguments: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{first_line(error)} (write \\${{...}} for a plain dollar)") from error
     for name, leaf in _leaves(kind):
-        value, choices = OmegaConf.select(merged, name), leaf.metadata["choices"]
-        if choices and value not in choices:
-            raise ConfigError(f"{name}: expected {', '.join(map(str, choices))}, found {value!r}")
+        _check(name, OmegaConf.select(merged, name), **leaf.metadata)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, kind)
     return config
+
+
+def _check(name: str, value: Any, choices: tuple[str, ...], least: int | None, **_: Any) -> None:
+    """Raise ConfigError for a value that is neither one of the choices nor a number of at least `least`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    good = value is None or value in choices or (is_number and least is not None and value >= least)
+    if not good and (choices or least is not None):
+        expected = [*choices, *([] if least is None else [f"at least {least}"])]
+        raise ConfigError(f"{name}: expected {', '.join(expected)}, found {value!r}")
 
 
 def to_yaml(config: Any) -> str:
@@ -174,9 +184,3 @@ def _type_name(kind: Any) -> str:
 def is_list_of(value: Any, kind: type) -> bool:
     """Whether `value` is a list with entries of `kind` only."""
     return isinstance(value, Sequence) and all(isinstance(entry, kind) for entry in value)
-
-
-def at_least(name: str, value: int | None, least: int) -> None:
-    """Raise ConfigError where the key `name` has a value below `least`."""
-    if value is not None and value < least:
-        raise ConfigError(f"{name}: expected at least {least}, found {value}")

@@ -7,6 +7,7 @@ them, at a random moment between the start and the end of a run. When the kills 
 end, and the store's bytes are compared with those of an undisturbed run.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -24,11 +25,12 @@ VICTIMS = ("one worker", "worker 0", "all workers", "torchrun and all workers")
 
 
 def children(pid: int) -> list[int]:
-    """Child processes, in the order in which they were started."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+    """The child processes of all threads of a process; of each thread, in the order in which they were started."""
+    found = []
+    for thread in sorted(Path(f"/proc/{pid}/task").glob("*"), key=lambda thread: int(thread.name)):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(child) for child in (thread / "children").read_text().split()]
+    return found
 
 
 def kill(launcher: subprocess.Popen[bytes], victim: str, rng: random.Random) -> bool:

@@ -18,9 +18,9 @@ import torch
 from distill import DistillationLoss, TeacherCache
 from distill.config import OptimizerConfig, StudentConfig, TrainConfig
 from distill.errors import ConfigError
+from distill.student.batches import split
 from distill.student.model import Learner, build, find
 from distill.student.optimizer import optimizer_of
-from distill.train import split
 from tests.kills import children, freeze
 from tests.support import environment, has, save_model, wait_for
 
@@ -57,7 +57,7 @@ def test_the_first_step_is_that_of_the_mean_over_all_tokens(
     (first,) = metrics(tmp_path / "out")
 
     cache = TeacherCache(str(small_store))
-    source = find(StudentConfig(), teacher=str(model_folder("llama")), revision=None)
+    source = find(StudentConfig(), {"model": str(model_folder("llama")), "revision": None})
     learner = Learner(build(StudentConfig(layers=2), source, 0), DistillationLoss(), cache.temperatures)
     total, tokens = torch.zeros(()), 0
     for rank in range(2):
@@ -144,7 +144,7 @@ def test_a_worker_that_hangs_is_named(small_store: Path, tmp_path: Path) -> None
     freeze(launcher)
     assert launcher.wait(timeout=60) == 1
     said = (tmp_path / "console").read_text()
-    assert "worker 1 has not answered for 4 s (timeout_seconds)" in said
+    assert "worker 1 has made no progress for 4 s (timeout_seconds)" in said
     assert f"the end of its log, {tmp_path}/logs/worker_1.log:" in said
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,8 +17,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and usage errors should not
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 10.0
-"""How long a worker waits to be stopped after it has lost another one, before it says so itself."""
+_GRACE_SECONDS = 10.0  # how long a worker that lost another one waits to be stopped, before it says so itself
 
 
 @contextlib.contextmanager
@@ -26,35 +26,30 @@ def process_group(grid: Grid, device: "torch.device", timeout_seconds: float) ->
 
     Replicas have no group in common, so that they may do different numbers of batches. They meet on the `Board`.
 
-    Raises PeerError where another worker has not answered for `timeout_seconds`. Where another worker has died, this
-    one first waits to be stopped: its own error would hide the cause.
+    Raises PeerError where another worker is gone. This one first waits to be stopped: its own error would hide the
+    cause. A worker that hangs is the business of `Watch`, which can name it; the group's own time-out is longer.
     """
     import torch.distributed as dist
 
-    on_gpu = device.type == "cuda"
     # A connection of its own: while one waits inside the store, nothing else can use its connection.
     store = dist.PrefixStore(f"replica {grid.replica}", store_of(grid).clone())
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=grid.shard_rank,
             world_size=grid.shard_size,
-            # NCCL's time-out ends the process without a name. `Watch`, which tells the name, has to be first.
-            timeout=timedelta(seconds=timeout_seconds + (12 * GRACE_SECONDS if on_gpu else 0)),
+            timeout=timedelta(seconds=timeout_seconds + 12 * _GRACE_SECONDS),
         )
         yield
     except RuntimeError as error:
-        text = str(error)
-        words = ("gloo", "NCCL", "Timed out waiting")
-        if not isinstance(error, dist.DistError) and not any(word in text for word in words):
+        of_the_group = isinstance(error, dist.DistError) or re.search("gloo|NCCL|Timed out", str(error))
+        if not of_the_group:
             raise
         logger.warning("lost the other workers: %s", first_line(error), extra={"console": False})
-        silent = _silent_peers(Board(store), grid)
-        if not silent:
+        if not (silent := _silent_peers(Board(store), grid)):
             raise
-        what = f"has not answered for {timeout_seconds:g} s (timeout_seconds)" if "imed out" in text else "is gone"
-        raise PeerError(f"worker {', '.join(map(str, silent))} {what}", silent) from error
+        raise PeerError(f"worker {', '.join(map(str, silent))} is gone", silent) from error
     dist.destroy_process_group()  # not after an error: it may wait for operations that never end
 
 
@@ -65,7 +60,7 @@ def _silent_peers(board: Board, grid: Grid) -> list[int]:
     """
     is_first = board.add("lost", 1) == 1
     board.note(f"{grid.rank} lost the others", "")
-    time.sleep(GRACE_SECONDS)  # if a worker of this node has died, torchrun stops this one meanwhile
+    time.sleep(_GRACE_SECONDS)  # if a worker of this node has died, torchrun stops this one meanwhile
     while not is_first:
         time.sleep(1)
         board.has("lost")  # raises PeerError when the run ends

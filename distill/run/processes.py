@@ -7,11 +7,10 @@ import contextlib
 import multiprocessing
 import os
 import re
-import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,29 +19,6 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """The signals that stop a run."""
 
 _STARTING_SECONDS = 10.0
-
-
-def follow_stops(on_stop: Callable[[int], None], on_orphaned: Callable[[], None] | None) -> None:
-    """Call `on_stop` with the first stop signal, and `on_orphaned`, if any, when the parent has ended.
-
-    Both are called in a thread of their own: Python runs signal handlers in the main thread, which may wait for a GPU.
-    """
-    parent = os.getppid()
-    received, sent = os.pipe()
-    os.set_blocking(sent, False)
-    signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a reader's signals are not ours
-
-    def follow() -> None:
-        while on_orphaned is None or os.getppid() == parent:
-            if select.select([received], [], [], 1.0)[0]:
-                number = os.read(received, 1)[0]  # of any signal that has a handler: also a DataLoader's SIGCHLD
-                if number in STOPS:
-                    on_stop(number)
-                    return
-        on_orphaned()
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def a_sibling_is_gone() -> bool:

@@ -22,7 +22,7 @@ from typing import NoReturn
 from distill.errors import PeerError, UserError
 from distill.run.grid import Grid
 from distill.run.log import end_of_log, open_log
-from distill.run.processes import STOPS, a_sibling_is_gone, await_siblings, follow_stops
+from distill.run.processes import STOPS, a_sibling_is_gone, await_siblings
 from distill.run.progress import Bar
 from distill.settings import Config, help_text, load
 
@@ -42,7 +42,7 @@ class Session:
     def __init__(self, rank: int) -> None:
         """Take over the signals that stop a run."""
         self.rank, self.how_to_go_on, self.role = rank, "", ""
-        self.graceful = self._over = self._leaving = False
+        self.graceful = self._leaving = False
         self.stopping: int | None = None
         self._log: Path | None = None
         self._log_start = 0
@@ -50,10 +50,9 @@ class Session:
         self._report = _Report()
         for number in STOPS:
             signal.signal(number, self._stopped)
-        follow_stops(self._insist, self.leave if self._report.through_torchrun else None)
 
     def open(self, log_dir: str, name: str) -> None:
-        """Log to the file `name` in `log_dir` and, on worker 0, to the console. Raises UserError as `open_log`."""
+        """Log to the file `name` in `log_dir` and, on worker 0, to the console. Raises UserError as `open_log` does."""
         self._log = open_log(log_dir, name, self.rank, lambda: self._report.keep(self._failure))
         self._log_start = self._log.stat().st_size  # what an earlier run logged is not part of our report
 
@@ -65,7 +64,24 @@ class Session:
         return self._bars[-1]
 
     def run(self, body: Callable[[], None]) -> int:
-        """Run the program; return its exit status: 0 done, 1 failed, 2 bad usage or input."""
+        """Run the program; return its exit status: 0 done, 1 failed, 2 bad usage or input.
+
+        It runs in a thread of its own. Python handles signals in the main thread, which waits for nothing else: so they
+        are handled at once, even while the program waits for a GPU.
+        """
+        status: list[int] = []
+        program = threading.Thread(target=lambda: status.append(self._run(body)), daemon=True)
+        program.start()
+        parent = os.getppid()
+        while program.is_alive():
+            program.join(1.0)
+            if self._report.through_torchrun and os.getppid() != parent:  # a new torchrun may deal our blocks to others
+                self.leave()
+        for number in STOPS:  # a SIGTERM while the interpreter ends is no failure; it resets handlers, but not this
+            signal.signal(number, signal.SIG_IGN)
+        return status[0]
+
+    def _run(self, body: Callable[[], None]) -> int:
         try:
             body()
             return 0
@@ -81,16 +97,12 @@ class Session:
                 self.leave(self.stopping)
             self._blame(error)
             return 1
-        except Exception:
+        except BaseException:
             if self.stopping and self._a_sibling_is_gone():  # which is why this one failed
                 self.leave(self.stopping)
             logging.getLogger("distill").critical("this worker failed", exc_info=True, extra={"console": False})
             self._end(self._failure())
             return 1
-        finally:  # a SIGTERM while the interpreter ends is no failure; it resets handlers, but not this
-            self._over = True
-            for number in STOPS:
-                signal.signal(number, signal.SIG_IGN)
 
     def abort(self, error: PeerError) -> NoReturn:
         """End this worker, from any thread, because of what others do."""
@@ -100,6 +112,7 @@ class Session:
     def leave(self, number: int = signal.SIGTERM) -> NoReturn:
         """Stop, by the signal `number`. Committed blocks stay; a block that is half written is written again."""
         self._leaving = True
+        _later(_PATIENCE_SECONDS, os._exit, 128 + number)  # the program may hold a lock that is needed below
         try:
             if self.rank == 0:
                 for bar in self._bars:
@@ -111,6 +124,16 @@ class Session:
                 os.write(2, f"stopped by {signal.Signals(number).name}{at}; {self.how_to_go_on}\n".encode())
         finally:  # even if the console is gone
             os._exit(0 if self._a_sibling_is_gone() else 128 + number)
+
+    def _stopped(self, number: int, _frame: FrameType | None) -> None:
+        if self._leaving:  # a second signal, in the middle of the answer to the first
+            return
+        if self.graceful and not self._a_sibling_is_gone():  # else there is nobody left to wait for
+            if self.stopping is None:
+                self.stopping = number
+                _later(_GRACEFUL_SECONDS, self.leave, number)
+        else:
+            self.leave(number)
 
     def _blame(self, error: PeerError) -> None:
         """Say which workers are at fault, and how their logs end: those explain it, not this worker's."""
@@ -135,30 +158,15 @@ class Session:
         for bar in self._bars:
             bar.close()
 
-    def _stopped(self, number: int, _frame: FrameType | None) -> None:
-        if self._leaving:  # a second signal, in the middle of the answer to the first, which may hold locks
-            return
-        if self.graceful and not self._a_sibling_is_gone():  # else there is nobody left to wait for
-            if self.stopping is None:
-                self.stopping = number
-                last_moment = threading.Timer(_GRACEFUL_SECONDS, self.leave, [number])
-                last_moment.daemon = True
-                last_moment.start()
-        else:
-            self.leave(number)
-
-    def _insist(self, number: int) -> None:
-        """Stop although the main thread, which handles signals, waits for a GPU or holds a lock."""
-        time.sleep(_PATIENCE_SECONDS)
-        if not (self._leaving or self._over or self.stopping):
-            threading.Thread(target=self._stopped, args=(number, None), daemon=True).start()
-        time.sleep(_PATIENCE_SECONDS)
-        if not (self._over or self.stopping):
-            os._exit(128 + number)
-
     def _a_sibling_is_gone(self) -> bool:
         """Whether torchrun stops this worker because of another's failure. Else somebody stops this one alone."""
         return self._report.through_torchrun and a_sibling_is_gone()
+
+
+def _later(seconds: float, function: Callable[[int], object], number: int) -> None:
+    timer = threading.Timer(seconds, function, [number])
+    timer.daemon = True
+    timer.start()
 
 
 class _Report:

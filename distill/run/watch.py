@@ -19,7 +19,6 @@ from typing import Any
 from distill.errors import PeerError
 from distill.run.board import Board
 from distill.run.grid import Grid
-from distill.run.groups import GRACE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +30,16 @@ _LEFT = "left"
 class Watch:
     """The watch that one worker keeps, in a thread, during a ``with`` block.
 
-    grid:  the workers of one of its replicas wait for each other. Where one hangs all stand still, and the ones with
-           the fewest beats are named. Their process group may name the one that hangs first: they get more time
+    grid:  the workers of one of its replicas wait for each other. Where one hangs all stand still, and those with the
+           fewest beats are named
     alarm: called in that thread with the PeerError that names who hangs; has to end this process
     """
 
     def __init__(self, board: Board, grid: Grid, timeout_seconds: float, alarm: Callable[[PeerError], None]) -> None:
         self._board, self._grid, self._alarm = board, grid, alarm
         self._timeout, self._period = timeout_seconds, min(5.0, timeout_seconds / 10)
-        self._limit = timeout_seconds + (2 * GRACE_SECONDS if grid.shard_size > 1 else 0)
         self._beats, self._last = 0, float("inf")
-        self._over = threading.Event()
+        self._over, self._watched = threading.Event(), threading.get_ident()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def __enter__(self) -> "Watch":
@@ -105,20 +103,20 @@ class Watch:
             return
 
     def _tell_where(self) -> None:
-        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0])
+        stack = traceback.format_stack(sys._current_frames()[self._watched])
         where = "".join(stack[-_FRAMES:]).rstrip()
         logger.warning("no progress for %g s, at:\n%s", self._timeout, where, extra={"console": False})
 
     def _hanging(self, shown: dict[int, tuple[str, float]]) -> list[int]:
         """The ranks whose process is frozen; if there are none and this is worker 0, those without progress."""
         there = {peer: found for peer, found in shown.items() if found[0] != _LEFT}
-        frozen = [peer for peer, (_, since) in there.items() if time.monotonic() - since >= self._limit]
+        frozen = [peer for peer, (_, since) in there.items() if time.monotonic() - since >= self._timeout]
         if frozen or self._grid.rank > 0:
             return frozen
         states = {peer: json.loads(note) for peer, (note, _) in there.items() if note}
         found: list[int] = []
         for first in range(0, self._grid.world_size, self._grid.shard_size):
             members = range(first, first + self._grid.shard_size)
-            beats = {peer: states[peer][2] for peer in members if peer in states and states[peer][1] >= self._limit}
+            beats = {peer: states[peer][2] for peer in members if peer in states and states[peer][1] >= self._timeout}
             found += [peer for peer, count in beats.items() if count == min(beats.values())]
         return found

@@ -1,4 +1,4 @@
-"""What each optimizer step reads: this worker's micro-batches, from any step on."""
+"""What is trained on, and what each optimizer step reads of it: this worker's micro-batches, from any step on."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,22 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.config import TrainConfig
-from distill.errors import StoreError
+from distill.errors import ConfigError, StoreError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch
 from distill.run.grid import Grid
 from distill.run.processes import obey_parent_only, signals_blocked
+
+
+def split(cache: TeacherCache, config: TrainConfig) -> tuple[TeacherCache, TeacherCache]:
+    """What is trained on, and what is held out. Raises ConfigError where nothing is left to train on."""
+    trained_on, held_out = cache.split(config.evaluation.samples, config.seed)
+    if not len(trained_on):
+        raise ConfigError(
+            f"evaluation.samples: expected fewer than the {len(cache)} samples of {cache.path}, found "
+            f"{config.evaluation.samples}: nothing is left to train on"
+        )
+    return trained_on, held_out
 
 
 class StepBatches:

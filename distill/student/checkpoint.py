@@ -19,23 +19,22 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from distill.config import TrainConfig
 from distill.errors import ConfigError
+from distill.reading.cache import TeacherCache
 from distill.run.nodes import PROBE
 from distill.store.fingerprint import differences
+from distill.teacher.source import Source
 
 _KEPT = 2
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def settings_of(
-    config: TrainConfig, store: str, student: Mapping[str, str], world_size: int, total_steps: int
+    config: TrainConfig, cache: TeacherCache, source: Source, world_size: int, total_steps: int
 ) -> dict[str, Any]:
-    """The settings that a run's losses follow from, as a flat mapping. Only a run with the same ones is continued.
-
-    store, student: fingerprints
-    """
+    """The settings that a run's losses follow from, as a flat mapping. Only a run with the same ones is continued."""
     found: dict[str, Any] = {
-        "store": store,
-        **{name.replace("teacher", "student"): value for name, value in student.items()},
+        "store": cache.attributes["fingerprint"],
+        **{name.replace("teacher", "student"): value for name, value in source.fingerprint.items()},
         "workers": world_size,
         "steps": total_steps,
         "evaluation.samples": config.evaluation.samples,
@@ -45,83 +44,86 @@ def settings_of(
     return found | {"parallel": config.parallel, "autocast": config.autocast, "seed": config.seed}
 
 
-def find(output: Path, settings: Mapping[str, Any]) -> tuple[Path | None, int]:
-    """The newest checkpoint of the run in `output`, and its step; None and 0 where there is none.
+class Checkpoints:
+    """The checkpoints of one run, in a folder of its output.
 
-    Raises ConfigError for a checkpoint of a run with other `settings`, and for a folder that is not a run's.
+    latest, step: the newest whole one and its step; None and 0 where there is none
     """
-    latest = newest(output / "checkpoints")
-    if latest is not None:
-        state = _load(latest)
-        if differing := differences(state["settings"], settings, "the checkpoint"):
+
+    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+        """Look for what an earlier start of this run has left in `output`.
+
+        Raises ConfigError for a checkpoint of a run with other `settings`, and for a folder that is not a run's.
+        """
+        self._folder, self._settings = output / "checkpoints", dict(settings)
+        found = self._whole()
+        self.latest, self.step = (found[-1] if found else None), 0
+        if self.latest is not None:
+            state = _load(self.latest)
+            self.step = int(state["step"])
+            if differing := differences(state["settings"], settings, "the checkpoint"):
+                raise ConfigError(
+                    f"output: {output} has another run's checkpoints; choose another folder, or delete it:\n  "
+                    + "\n  ".join(differing)
+                )
+            return
+        entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+        if any(not name.startswith(PROBE) for name in entries) and "metrics.jsonl" not in entries:
             raise ConfigError(
-                f"output: {output} has another run's checkpoints; choose another folder, or delete it:\n  "
-                + "\n  ".join(differing)
+                f"output: expected a new or empty folder, or one of an earlier run, found other files in {output}"
             )
-        return latest, int(state["step"])
-    entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
-    if any(not name.startswith(PROBE) for name in entries) and "metrics.jsonl" not in entries:
-        raise ConfigError(
-            f"output: expected a new or empty folder, or one of an earlier run, found other files in {output}"
+
+    def save(self, step: int, module: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        """Write a checkpoint after `step`, all workers together; worker 0 writes what they share."""
+        rank = dist.get_rank()
+        weights, moments = get_state_dict(module, optimizer, options=_OPTIONS)
+        partial = self._folder / f"step_{step}.partial"
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        torch.save(_random_state(), partial / f"rng_{rank}.pt")
+        if rank == 0:
+            state = {"step": step, "settings": self._settings, "model": weights, "optimizer": moments}
+            torch.save({**state, "scheduler": scheduler.state_dict()}, partial / "state.pt")
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        dist.barrier()
+        if rank == 0:
+            partial.rename(self._folder / f"step_{step}")
+            for stale in self._folder.glob("*.partial"):  # of runs that were stopped in the middle
+                shutil.rmtree(stale)
+            for old in self._whole()[:-_KEPT]:
+                shutil.rmtree(old)
+
+    def restore(self, module: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        """Put the latest checkpoint back, if there is one; all workers together."""
+        if self.latest is None:
+            return
+        state = _load(self.latest)
+        set_state_dict(
+            module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
         )
-    return None, 0
+        scheduler.load_state_dict(state["scheduler"])
+        random = torch.load(self.latest / f"rng_{dist.get_rank()}.pt", weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
 
-
-def newest(folder: Path) -> Path | None:
-    """The last whole checkpoint in `folder`, or None."""
-    found = [entry for entry in folder.glob("step_*") if entry.suffix != ".partial"]
-    return max(found, key=lambda entry: int(entry.name.removeprefix("step_")), default=None)
+    def _whole(self) -> list[Path]:
+        """The whole checkpoints, oldest first."""
+        found = [entry for entry in self._folder.glob("step_*") if entry.suffix != ".partial"]
+        return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
 
 
 def _load(checkpoint: Path) -> dict[str, Any]:
     """What state.pt holds. Raises ConfigError where it cannot be read."""
     try:
-        state: dict[str, Any] = torch.load(checkpoint / "state.pt", map_location="cpu", mmap=True, weights_only=True)
+        found = torch.load(checkpoint / "state.pt", map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch's, pickle's, zipfile's or the file system's
         raise ConfigError(f"output: cannot read the checkpoint {checkpoint}: {type(error).__name__}") from error
-    return state
-
-
-def save(
-    folder: Path, step: int, settings: Mapping[str, Any], module: nn.Module, optimizer: Any, scheduler: Any
-) -> None:
-    """Write a checkpoint after `step`, all workers together; worker 0 writes what they share."""
-    rank = dist.get_rank()
-    weights, moments = get_state_dict(module, optimizer, options=_OPTIONS)
-    partial = folder / f"step_{step}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    torch.save(_random_state(), partial / f"rng_{rank}.pt")
-    if rank == 0:
-        state = {"step": step, "settings": dict(settings), "model": weights, "optimizer": moments}
-        torch.save({**state, "scheduler": scheduler.state_dict()}, partial / "state.pt")
-        for file in partial.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-    dist.barrier()
-    if rank == 0:
-        partial.rename(folder / f"step_{step}")
-        for stale in folder.glob("*.partial"):  # of runs that were stopped in the middle
-            shutil.rmtree(stale)
-        found = sorted(folder.glob("step_*"), key=lambda entry: int(entry.stem.removeprefix("step_")))
-        for old in found[:-_KEPT]:
-            shutil.rmtree(old)
-
-
-def restore(checkpoint: Path, module: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Put a checkpoint back, all workers together; return its step."""
-    state = _load(checkpoint)
-    set_state_dict(
-        module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
-    )
-    scheduler.load_state_dict(state["scheduler"])
-    random = torch.load(checkpoint / f"rng_{dist.get_rank()}.pt", weights_only=True)
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
-    return int(state["step"])
+    return dict(found)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

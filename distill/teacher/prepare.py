@@ -3,11 +3,16 @@
 import importlib.metadata
 import json
 import logging
+import os
 import platform
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+import shlex
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from distill import __version__
@@ -17,56 +22,109 @@ from distill.data.dataset import identity
 from distill.data.tokenize import Samples, tokenize
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.board import Board
+from distill.run.device import count_devices, free_bytes, pick_device
+from distill.run.grid import Grid
+from distill.settings import to_yaml
 from distill.store.fingerprint import differences, summarize
 from distill.store.location import check_writable
 from distill.store.schema import array_specs
 from distill.store.writable import WritableStore
-from distill.teacher.placement import Needs, Placement
-from distill.teacher.source import Source
+from distill.teacher.model import resolve_dtype, slice_bytes
+from distill.teacher.placement import Needs, Placement, arithmetic, decide
+from distill.teacher.source import Source, locate
+from distill.teacher.summary import expected_bytes, human, summary, table
 
 logger = logging.getLogger(__name__)
 
 _RECORDED_PACKAGES = ("torch", "transformers", "zarr", "numcodecs", "datasets")
 
 
-@dataclass(frozen=True)
-class Job:
-    """What there is to do, the same for all workers.
-
-    placement: how the teacher is spread. store: where it writes. missing: the blocks that are to be done
-    """
+class Job(NamedTuple):
+    """What there is to do, the same for all workers: how the teacher is placed, the store, and the missing blocks."""
 
     placement: Placement
     store: WritableStore
     missing: list[int]
 
-    @classmethod
-    def of(cls, placement: Placement, store: WritableStore) -> Self:
-        """Look which blocks are missing. Only worker 0 looks: a later look would find fewer, and deal otherwise."""
-        return cls(placement, store, store.missing_blocks())
 
-    def publish(self, board: Board) -> None:
-        """Tell the other workers."""
-        board.note("job", json.dumps({"placement": asdict(self.placement), "missing": self.missing}))
+def find(config: GenerateConfig, device: torch.device) -> tuple[Source, Needs]:
+    """The teacher's files, and what the teacher needs of a device like this one."""
+    source = locate(config.teacher)
+    return source, Needs.of(source, resolve_dtype(source, device), config.batch.max_tokens, slice_bytes(device))
 
-    @staticmethod
-    def publish_nothing(board: Board) -> None:
-        """Tell the other workers that there is nothing to do."""
-        board.note("job", "null")
 
-    @classmethod
-    def read(cls, board: Board, config: GenerateConfig, rank: int) -> Self | None:
-        """The job as worker 0 has published it, or None where there is nothing to do.
+def plan_job(
+    config: GenerateConfig, grid: Grid, board: Board, source: Source, needs: Needs, device: torch.device
+) -> Job | None:
+    """Worker 0 places the teacher, finds or makes the store, and tells the others. None: the store is complete.
 
-        Raises StoreError where this worker, of this `rank`, does not see the store.
-        """
-        found = json.loads(board.wait("job"))
-        if found is None:
+    Raises UserError, also where this worker does not see the store that worker 0 has made.
+    """
+    if grid.rank > 0:
+        if not (told := json.loads(board.wait("job"))):
             return None
         store = WritableStore.open(config.store.path, config.store.options)
         if store is None or not store.published:
-            raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {rank} does not see it")
-        return cls(Placement(**found["placement"]), store, found["missing"])
+            raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
+        return Job(Placement(*told[0]), store, told[1])
+    check_settings(config, source)
+    free = min(int(board.wait(f"free memory of {rank}")) for rank in range(grid.world_size))
+    placement = _place(config, grid, needs, free, device)
+    fingerprint = fingerprint_of(config, source, needs)
+    store = find_store(config, fingerprint)
+    if store is not None and store.complete:
+        board.note("job", "null")
+        logger.info("%s is complete already: nothing to do", config.store.path)
+        logger.info(summary(store, config))
+        return None
+    logger.info("teacher: %s, %s, on %s", config.teacher.model, needs.dtype_name, device)
+    logger.info("parallel: %s; %s", placement.describe(grid), arithmetic(needs, free, placement))
+    (Path(config.log_dir) / "config.yaml").write_text(to_yaml(config))
+    store = store or plan_store(config, source, needs, fingerprint)
+    # One look at the commits, for all workers: whoever looked later would miss fewer blocks, and deal otherwise.
+    job = Job(placement, store, store.missing_blocks())
+    board.note("job", json.dumps([astuple(placement), job.missing]))
+    return job
+
+
+def preview(config: GenerateConfig, grid: Grid, arguments: Sequence[str]) -> str:
+    """What --plan prints, for a run with these command-line `arguments`. Raises UserError as a run would.
+
+    Without torchrun: for the workers that this machine would take, one for each GPU, or for each core.
+    """
+    device = pick_device("teacher.device", config.teacher.device, 0, 1)
+    if not grid.launched:
+        each = config.parallel.shard_size if config.parallel.mode == "device_map" else 1
+        devices = count_devices(config.teacher.device, device, len(os.sched_getaffinity(0)))
+        workers = max(1, devices // each) if isinstance(each, int) else 1
+        grid = Grid(world_size=workers, local_world_size=workers)
+    source, needs = find(config, device)
+    check_settings(config, source)
+    free = free_bytes(device, grid.local_world_size)
+    placement = _place(config, grid, needs, free, device)
+    _, _, layout = lay_out(config, source)
+    tokens = int(layout.lengths.sum(dtype=np.int64))
+    fewest, rest = divmod(layout.num_blocks, grid.sharded(placement.workers).num_replicas)
+    share = f"{fewest} or {fewest + 1}" if rest else fewest
+    size = expected_bytes(tokens, config.capture.k, needs.vocab_size, len(config.capture.temperatures))
+    command = ["torchrun", f"--nproc_per_node={grid.local_world_size}", "-m", "distill.generate", *arguments]
+    return table(
+        {
+            "teacher": f"{config.teacher.model} ({needs.architecture}, {needs.dtype_name}) on {device.type}",
+            "memory": arithmetic(needs, free, placement),
+            "parallel": placement.describe(grid),
+            "samples": f"{len(layout.lengths):,}",
+            "tokens": f"{tokens:,}",
+            "blocks": f"{layout.num_blocks:,} of {layout.block_rows:,} rows, {share} a replica",
+            "store": f"about {human(size)}, {size / tokens:.0f} bytes/token",
+            "next": shlex.join(command),
+        }
+    )
+
+
+def _place(config: GenerateConfig, grid: Grid, needs: Needs, free: int, device: torch.device) -> Placement:
+    devices = count_devices(config.teacher.device, device, grid.local_world_size)
+    return decide(config.parallel, needs, free, grid, devices)
 
 
 def fingerprint_of(config: GenerateConfig, source: Source, needs: Needs) -> dict[str, Any]:

@@ -1,17 +1,11 @@
-"""What a run of the teacher tells the user: what it would make (--plan), and what it has made."""
+"""A store in words: how large it is, what it keeps, how fast it came."""
 
 import math
-import shlex
-from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from distill.config import GenerateConfig
-from distill.data.plan import Plan
-from distill.run.grid import Grid
 from distill.store.store import Store
-from distill.teacher.placement import Needs, Placement, arithmetic
 from distill.teacher.worker import Totals
 
 
@@ -39,30 +33,6 @@ def summary(store: Store, config: GenerateConfig, totals: Totals | None = None) 
         "next": f"python -m distill.inspect {store.path}",
     }
     return "\n" + table(lines)
-
-
-def plan_table(
-    config: GenerateConfig, grid: Grid, needs: Needs, placement: Placement, layout: Plan, free: int,
-    device: torch.device, arguments: Sequence[str],
-) -> str:  # fmt: skip
-    """The lines of --plan. free: bytes on a device. arguments: of the command line."""
-    tokens = int(layout.lengths.sum(dtype=np.int64))
-    fewest, rest = divmod(layout.num_blocks, grid.sharded(placement.workers).num_replicas)
-    share = f"{fewest} or {fewest + 1}" if rest else fewest
-    size = expected_bytes(tokens, config.capture.k, needs.vocab_size, len(config.capture.temperatures))
-    command = ["torchrun", f"--nproc_per_node={grid.local_world_size}", "-m", "distill.generate", *arguments]
-    return table(
-        {
-            "teacher": f"{config.teacher.model} ({needs.architecture}, {needs.dtype_name}) on {device.type}",
-            "memory": arithmetic(needs, free, placement),
-            "parallel": placement.describe(grid),
-            "samples": f"{len(layout.lengths):,}",
-            "tokens": f"{tokens:,}",
-            "blocks": f"{layout.num_blocks:,} of {layout.block_rows:,} rows, {share} a replica",
-            "store": f"about {human(size)}, {size / tokens:.0f} bytes/token",
-            "next": shlex.join(command),
-        }
-    )
 
 
 def expected_bytes(tokens: int, k: int, vocab_size: int, num_temperatures: int) -> float:

@@ -78,21 +78,18 @@ def test_workers_meet() -> None:
     assert order == ["late", "met"]
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [("Connection closed by peer", "is gone"), ("Timed out waiting 7000ms for recv", "has not answered for 7 s")],
-)
-def test_only_the_others_errors_are_a_victims(error: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", ["Connection closed by peer", "Timed out waiting 7000ms for recv"])
+def test_only_the_others_errors_are_a_victims(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker of two that loses the other names it; an error of its own is left alone."""
     from distill.run import groups
 
     grid = Grid(world_size=2, local_world_size=2).sharded(2)
-    monkeypatch.setattr(groups, "GRACE_SECONDS", 0)
+    monkeypatch.setattr(groups, "_GRACE_SECONDS", 0)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="mine"), groups.process_group(grid, torch.device("cpu"), 7):
         raise RuntimeError("mine")
     with (
-        pytest.raises(PeerError, match=f"^worker 1 {told}") as caught,
+        pytest.raises(PeerError, match=r"^worker 1 is gone") as caught,
         groups.process_group(grid, torch.device("cpu"), 7),
     ):
         raise RuntimeError(f"[pair.cc:1] gloo: {error}")

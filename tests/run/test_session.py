@@ -12,11 +12,14 @@ from tests.support import environment
 BLOCKED = """
 import ctypes, sys
 from distill.run.session import Session
-Session(0)
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
-libc.pthread_mutex_lock(mutex)
-print("blocked", flush=True)
-libc.pthread_mutex_lock(mutex)  # never returns, and no signal interrupts it
+
+def body():
+    libc.pthread_mutex_lock(mutex)
+    print("blocked", flush=True)
+    libc.pthread_mutex_lock(mutex)  # never returns, and no signal interrupts it
+
+Session(0).run(body)
 """
 WAITING = """
 import time
@@ -78,9 +81,10 @@ def test_a_signal_stops_a_worker_whatever_it_does(program: str, most: float, num
 
 
 def test_a_child_that_ends_is_no_signal_to_stop() -> None:
-    """A DataLoader handles SIGCHLD, and every signal with a handler wakes the thread that watches for stops."""
-    program = "import signal, subprocess, time; from distill.run.session import Session; Session(0); "
-    program += "signal.signal(signal.SIGCHLD, lambda *_: None); subprocess.run(['true']); time.sleep(8); print('there')"
+    """A DataLoader's reader, say."""
+    program = "import signal, subprocess, time; from distill.run.session import Session; session = Session(0); "
+    program += "signal.signal(signal.SIGCHLD, lambda *_: None); "
+    program += "session.run(lambda: subprocess.run(['true']) and time.sleep(2)); print('there')"
     ran = subprocess.run(
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
     )

@@ -80,9 +80,8 @@ def test_slow_early_and_finished_workers_are_left_alone() -> None:
     assert together([late, slow], timeout=0.8) == []
 
 
-def test_in_lockstep_who_did_least_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_lockstep_who_did_least_is_named() -> None:
     """One of two that wait for each other hangs; both stand still."""
-    monkeypatch.setattr("distill.run.watch.GRACE_SECONDS", 0)
 
     def victim(watch: Watch) -> None:
         watch.beat()

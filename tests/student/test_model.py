@@ -66,7 +66,7 @@ def test_layers_are_kept_evenly(name: str) -> None:
 
 def test_what_a_student_starts_from(model_folder: Any, tmp_path: Path) -> None:
     folder = str(model_folder("llama"))
-    source = find(StudentConfig(), teacher=folder, revision=None)
+    source = find(StudentConfig(), {"model": folder, "revision": None})
     kept = build(StudentConfig(layers=2), source, seed=0)
     assert kept.config.num_hidden_layers == 2
     random = [build(StudentConfig(init="random", layers=2), source, seed=seed) for seed in (0, 0, 1)]
@@ -77,7 +77,7 @@ def test_what_a_student_starts_from(model_folder: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"student\.layers: expected at most 3, the model's layers, found 9"):
         build(StudentConfig(layers=9), source, seed=0)
     with pytest.raises(ConfigError, match=r"student\.model=\./nowhere: expected .* found no folder \./nowhere"):
-        find(StudentConfig(model="./nowhere"), teacher=folder, revision=None)
+        find(StudentConfig(model="./nowhere"), {"model": folder, "revision": None})
 
 
 def test_students_that_cannot_learn_from_a_cache(small_store: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_student_that_is_the_teacher(tmp_path: Path) -> None:
     ran = generate(tmp_path, *arguments)
     assert ran.returncode == 0, ran.stderr
     cache = TeacherCache(str(tmp_path / "x.zarr"))
-    source = find(StudentConfig(), teacher="demo", revision=None)
+    source = find(StudentConfig(), {"model": "demo", "revision": None})
     learner = Learner(build(StudentConfig(), source, seed=0), DistillationLoss(), cache.temperatures)
     batch = collate([cache[i] for i in range(min(4, len(cache)))])
     shifted = dict(batch)

@@ -201,7 +201,7 @@ def test_a_hang_ends_with_the_log_of_who_hangs(
     freeze(launcher)
     assert launcher.wait(timeout=60) == 1
     console = (tmp_path / "console").read_text()
-    assert "worker 1 has not answered for 5 s (timeout_seconds)" in console
+    assert "worker 1 has made no progress for 5 s (timeout_seconds)" in console
     assert f"the end of its log, {tmp_path}/logs/worker_1.log:" in console
     assert "rank 1 INFO distill.teacher.worker: block" in console
 
