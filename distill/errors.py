@@ -1,4 +1,4 @@
-"""Every error that distill raises on purpose.
+"""All errors that distill raises on purpose.
 
 DistillError
 ├── UserError          bad usage or input: one message, no traceback, exit status 2
@@ -9,7 +9,7 @@ DistillError
 ├── NumericalError     the teacher produced NaN or infinite logits: exit status 1
 └── PeerError          other workers hang or are gone: exit status 1
 
-A message says what was expected, what was found, and where (key, file, sample, block).
+A message says what was expected, what was found, and where: key, file, sample or block.
 """
 
 
@@ -18,7 +18,7 @@ class DistillError(Exception):
 
 
 class UserError(DistillError, ValueError):
-    """Something the user can put right."""
+    """Something that the user can put right."""
 
 
 class ConfigError(UserError):
@@ -50,5 +50,5 @@ class PeerError(DistillError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or its kind where it says nothing."""
+    """The first line of another library's error, or the name of its class where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -33,10 +33,10 @@ from distill.teacher.source import Source
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that learns from a TeacherCache with a DistillationLoss.
 
-    The loss of a step is the mean over the tokens to learn from in all its batches, of all accumulation steps and
-    workers together; eval_loss is that over the whole eval_dataset. The logits of a whole batch are held at once only
-    where the model changes them after its output head (soft-capping, scale). Samples are read in the Trainer's random
-    order, a chunk of the store each: args.dataloader_num_workers lets the model not wait for them.
+    The loss of a step is the mean over the tokens to learn from, of all accumulation steps and all workers together.
+    eval_loss is the same mean over the whole eval_dataset. The logits of a whole batch are in memory at once only where
+    the model changes them after its output head (soft-capping, scale). Samples are read in the Trainer's random order,
+    and each reads a chunk of the store: set args.dataloader_num_workers, so that the model need not wait.
     """
 
     loss_is_scaled_for_ga = True
@@ -53,16 +53,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         """As a Trainer, where train_dataset and eval_dataset (or each of a dict of them) are TeacherCaches.
 
-        distillation_loss: DistillationLoss() by default. packed: lay samples end to end in as few rows as hold them.
-        Raises ConfigError for other datasets, for a loss or a model that does not fit a store, and for arguments that
-        would have no effect; StoreError where processing_class, a tokenizer, gives other ids than the teacher's.
+        distillation_loss: DistillationLoss() by default. packed: put samples end to end into as few rows as possible.
+        Raises ConfigError for other datasets, for a loss or a model that does not match a store, and for arguments that
+        would have no effect; StoreError where the tokenizer, processing_class, gives other ids than the teacher's.
         """
         for name in ("data_collator", "compute_loss_func", "compute_metrics"):
             if (found := kwargs.pop(name, None)) is not None:
                 raise ConfigError(f"{name}: expected none, as batches and their loss are made here, found {found!r}")
         super().__init__(model=model, args=args, data_collator=partial(collate, packed=packed), **kwargs)
         self.args.remove_unused_columns = False
-        self.model_accepts_loss_kwargs = True  # says what loss_is_scaled_for_ga says, before transformers 5.23
+        self.model_accepts_loss_kwargs = True  # before transformers 5.23 it means what loss_is_scaled_for_ga means
         self.distillation_loss = distillation_loss or DistillationLoss()
         self._temperatures: list[float] = []
         self._head_is_last: bool | None = None
@@ -91,21 +91,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise ConfigError(f"{name}: expected temperatures {self._temperatures}, found {cache.temperatures}")
 
     def _padded(self, cache: Any) -> Dataset[Sample]:
-        """`cache`, with samples of nothing up to full batches of all workers, which would else repeat real ones."""
+        """`cache`, filled with empty samples to full batches of all workers: else real samples would be repeated."""
         self._check("eval_dataset", cache)
         missing = -len(cache) % (self.args.eval_batch_size * self.args.world_size)
         nothing: Any = [empty_sample(cache.attributes["k"], len(cache.temperatures))] * missing
         return ConcatDataset([cache, nothing])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Of this TeacherCache; by default of the one given at the start, by name if there are several."""
+        """The DataLoader of this TeacherCache; by default of eval_dataset, by name if that is a dict."""
         known = isinstance(eval_dataset, str | ConcatDataset | None)
         return super().get_eval_dataloader(eval_dataset if known else self._padded(eval_dataset))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The batches of a step, and the number of tokens that all workers learn from in it."""
+        """The batches of a step, and the number of tokens that all workers together learn from in it."""
         batches = list(islice(epoch_iterator, num_batches))
         count = sum((batch["loss_mask"].sum().to(device) for batch in batches), torch.tensor(0, device=device))
         return batches, self.accelerator.gather(count).sum().clamp(min=1)
@@ -113,15 +113,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The batch's part of a mean over `num_items_in_batch` tokens, times the number of workers: DDP divides by it.
+        """The batch's part of a mean over `num_items_in_batch` tokens, times the number of workers, by which DDP divides.
 
-        Without num_items_in_batch, the batch's own mean. return_outputs: with an empty dict, as there are no logits.
+        Without num_items_in_batch: the batch's own mean. return_outputs: also an empty dict: there are no logits.
         """
         forward = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
         head = self.model.get_output_embeddings()
         if self._head_is_last is None:
             self._head_is_last = _is_last(head, model, inputs["input_ids"][:1, :8])
-        if self._head_is_last:  # the loss in the head's place is inside all that DDP, FSDP and autocast wrap
+        if self._head_is_last:  # the loss takes the place of the head: inside of what DDP, FSDP and autocast wrap
             logits_of, loss, temperatures = head.forward, self.distillation_loss, self._temperatures
             head.forward = lambda hidden: loss.from_hidden(hidden, logits_of, inputs, temperatures).view(1, 1, 1)
             try:

@@ -1,7 +1,6 @@
-"""How settings are read: defaults of frozen dataclasses, then YAML files, then dotlists, merged in one place.
+"""How settings are read: defaults of frozen dataclasses, then YAML files, then key=value arguments. Later ones win.
 
-Order of precedence, later wins: defaults of the dataclasses < CONFIG.yaml ... < key=value ...
-Validation rejects; it never repairs. Values follow YAML 1.1: quote what should stay text (``dataset.name="'0012'"``).
+A wrong value is refused, never repaired. Values follow YAML 1.1: quote what has to stay text, as ``dataset.name="'0012'"``.
 """
 
 import difflib
@@ -72,7 +71,7 @@ def to_yaml(config: Any) -> str:
 
 
 def flat(config: Any) -> dict[str, str]:
-    """Every key of a configuration and its value, as text."""
+    """Every key of a configuration, with its value as text."""
     found = {}
     for name, _ in _leaves(type(config)):
         value = config
@@ -83,7 +82,7 @@ def flat(config: Any) -> dict[str, str]:
 
 
 def help_text(kind: type, command: str) -> str:
-    """What --help prints: usage, then every key with its default and one line of meaning."""
+    """What --help prints: the usage, then every key with its default and its meaning."""
     lines = [
         f"usage: {command} [CONFIG.yaml ...] [key=value ...]",
         "",
@@ -144,7 +143,7 @@ def _merge(kind: type, base: DictConfig, update: DictConfig, origin: str) -> Dic
 
 
 def _flatten(content: Any, known: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """{a: {b: 1}} -> [("a.b", 1)], down to the known keys, whose value may be a mapping itself."""
+    """{a: {b: 1}} -> [("a.b", 1)]. Stops at the known keys: the value of a key may be a mapping itself."""
     found = []
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -162,7 +161,7 @@ def _nested(name: str, value: Any) -> Any:
 
 
 def _make_writable(node: DictConfig) -> None:
-    """Frozen dataclasses become read-only nodes; merging needs them writable."""
+    """Let merge write into the nodes of frozen dataclasses, which are read-only."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = node._get_node(key)
@@ -182,5 +181,5 @@ def _type_name(kind: Any) -> str:
 
 
 def is_list_of(value: Any, kind: type) -> bool:
-    """Whether `value` is a list with entries of `kind` only."""
+    """Whether `value` is a list whose entries are all of `kind`."""
     return isinstance(value, Sequence) and all(isinstance(entry, kind) for entry in value)

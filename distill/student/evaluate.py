@@ -1,4 +1,4 @@
-"""How well a student does on held-out samples, beside the text and beside the teacher.
+"""How well a student predicts held-out samples, compared with the text and with the teacher.
 
 N rows, V vocabulary.
 """
@@ -15,19 +15,19 @@ from distill.reading.samples import collate, empty_sample
 from distill.student.loss import DistillationLoss
 
 BINS = 15
-"""Of confidence, for the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
+"""Bins of confidence of the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
 _TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.0)
 
 
 @torch.no_grad()
 def evaluate(learner: nn.Module, cache: TeacherCache, batch_size: int, device: torch.device) -> dict[str, float]:
-    """Means over all next tokens of `cache`, which the workers share out among them.
+    """Means over all next tokens of `cache`. Each worker does a part of them.
 
     tokens             how many there were
     cross_entropy      -log q of the token that follows, nats
     kl                 KL(teacher || student) over the kept ids and the rest as one event, nats
-    top1_agreement     share of tokens where both expect the same most of all
+    top1_agreement     share of tokens for which both find the same id most probable
     calibration_error  expected |confidence - accuracy| of the most probable token, over 15 bins of confidence
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -2,17 +2,17 @@
 
 N rows, V the student's vocabulary, K kept ids, n temperatures, H hidden size. docs/training.md has the formulas.
 
-The teacher's distribution p is known on the K kept ids and, as one number, outside them. `tail` says what becomes of
-that rest:
+The store has the teacher's probability p of each of the K kept ids, and one number for all other ids together: the mass
+of the tail. `tail` says what a loss does with it:
 
-bucket        it is one more event: both distributions are over K + 1 events, the student's last being all it gives to
-              the ids not kept. A lower bound of the full divergence that vanishes only where they agree.
-renormalize   it is left out and p scaled up to 1 ("vanilla" top-k distillation, biased: it teaches overconfidence)
-ground_truth  it goes to the token that really follows (Anshumann et al., Sparse Logit Sampling, ACL 2025)
+bucket        it is one more event. Both distributions are over K + 1 events; the last is "any other id". The divergence
+              is a lower bound of the full one, and zero only where both agree on all K + 1 events
+renormalize   it is left out, and p is scaled up to a sum of 1. This is biased: it teaches overconfidence
+ground_truth  it is given to the token that really follows (Anshumann et al., Sparse Logit Sampling, ACL 2025)
 
-Forward KL is KL(p || q) of Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), reverse KL
-KL(q || p) of Gu et al., MiniLLM (2024), Jensen-Shannon their mean to the mixture (Agarwal et al., On-Policy
-Distillation, 2024, with beta = 0.5).
+Forward KL is KL(p || q): Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015. Reverse KL is
+KL(q || p): Gu et al., MiniLLM, 2024. Jensen-Shannon is the mean of both to the mixture: Agarwal et al., On-Policy
+Distillation, 2024, with beta = 0.5.
 """
 
 import math
@@ -34,8 +34,9 @@ _TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob", "next_
 class Target:
     """A teacher's distribution over some ids, in float32.
 
-    ids [N, M] int64; logprobs [N, M], -inf for none. tail [N]: log of the mass of all other ids, or None where the ids
-    carry all of it. An id may occur twice; its probabilities add up.
+    ids:      [N, M] int64; an id may occur twice, and its probabilities are added
+    logprobs: [N, M]; -inf where an id has no mass
+    tail:     [N], log of the mass of all other ids; None where the given ids have all of the mass
     """
 
     ids: Tensor
@@ -44,9 +45,9 @@ class Target:
 
     @classmethod
     def from_draws(cls, draw_ids: Tensor) -> "Target":
-        """Of random ids [N, n] drawn from p with replacement: 1/n each, an unbiased estimate of p.
+        """From random ids [N, n] drawn from p with replacement: each has 1/n. This is an unbiased estimate of p.
 
-        The gradient of forward_kl to it is, in the mean over draws, that of the full one (Sparse Logit Sampling).
+        The mean gradient of forward_kl over many draws is the gradient with the full p (Sparse Logit Sampling).
         """
         return cls(draw_ids, torch.full(draw_ids.shape, -math.log(draw_ids.shape[1]), device=draw_ids.device))
 
@@ -55,7 +56,7 @@ class Target:
 class DistillationLoss:
     """alpha * temperature**2 * divergence(p_T, q_T) + (1 - alpha) * cross-entropy with the next token, per row.
 
-    The factor temperature**2 keeps gradients of one size at all temperatures (Hinton et al.).
+    The factor temperature**2 gives gradients of about the same size at all temperatures (Hinton et al.).
     """
 
     divergence: str = "forward_kl"
@@ -81,7 +82,7 @@ class DistillationLoss:
             )
 
     def check(self, temperatures: Sequence[float]) -> None:
-        """Raise ConfigError where a store with these temperatures does not hold what this loss needs."""
+        """Raise ConfigError where a store with these `temperatures` does not hold what this loss needs."""
         if self.temperature not in temperatures and self.tail != "renormalize":
             raise ConfigError(
                 f"loss.temperature: expected one of {list(temperatures)}, which the store holds, found "
@@ -92,8 +93,8 @@ class DistillationLoss:
     def target(self, rows: Mapping[str, Tensor], temperatures: Sequence[float], vocab_size: int) -> Target:
         """The teacher's distribution at this temperature, for a student with `vocab_size` ids.
 
-        rows: of a batch, [N, ...]. Mass of kept ids that the student does not have (padding of the teacher's softmax)
-        counts as tail.
+        rows: of a batch, [N, ...]. The mass of kept ids that the student lacks (padding of the teacher's softmax) is
+        added to the tail.
         """
         at_one, t = list(temperatures).index(1.0), self.temperature
         ids, logprobs = rows["target_ids"], rows["target_logprobs"]
@@ -111,7 +112,7 @@ class DistillationLoss:
             ids = torch.where(unknown, ids.masked_fill(unknown, vocab_size).min(dim=1, keepdim=True).values, ids)
         if tail is None:
             return Target(ids, logprobs.log_softmax(dim=1))
-        # What was stored is rounded: scaled to a sum of exactly 1, so that the divergence is least where q is p.
+        # Stored values are rounded. Scale them to a sum of exactly 1: then the divergence is least where q is p.
         events = torch.cat([logprobs, tail[:, None]], dim=1).log_softmax(dim=1)
         logprobs, tail = events[:, :-1], events[:, -1:]
         if self.tail == "bucket":
@@ -150,14 +151,14 @@ class DistillationLoss:
         temperatures: Sequence[float],
         chunk_tokens: int = 1024,
     ) -> Tensor:
-        """The loss summed over the batch's rows in its loss_mask, from hidden states [B, L, H].
+        """The sum of the loss over the positions in the batch's loss_mask, from hidden states [B, L, H].
 
-        head: from [N, H] to logits [N, V]. It runs on `chunk_tokens` rows at a time, again in the backward pass, so
-        that of [B, L, V] no more than a chunk is ever there. An empty batch gives 0, and gradients of 0 to every
+        head: from [N, H] to logits [N, V]. It runs on `chunk_tokens` positions at a time, and again in the backward
+        pass: only one chunk of the logits [B, L, V] is in memory. An empty batch gives 0, and gradients of 0 to every
         parameter.
         """
         mask = batch["loss_mask"]
-        if not mask.any():  # a row that weighs nothing: DistributedDataParallel waits for every gradient
+        if not mask.any():  # a row with weight 0: DistributedDataParallel waits for every gradient
             return (head(hidden[:1, 0]).float() * 0).sum() + (hidden * 0).sum()
         rows = {name: batch[name][mask] for name in _TARGETS}
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -172,7 +173,7 @@ class DistillationLoss:
         return total
 
     def from_logits(self, logits: Tensor, batch: Mapping[str, Tensor], temperatures: Sequence[float]) -> Tensor:
-        """The same from logits [B, L, V], for models whose logits are more than a head's."""
+        """The same from logits [B, L, V], for models that change their logits after the output head."""
         return self.from_hidden(logits, lambda part: part, batch, temperatures)
 
 
@@ -208,9 +209,9 @@ def log_softmax_at(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 class _EventLogprobs(torch.autograd.Function):
-    """log_softmax at M ids, and of all others together: what autograd does in a dozen passes over [N, V], in four.
+    """log_softmax at M ids, and of all other ids together, in four passes over [N, V]; autograd needs a dozen.
 
-    With z the logits, q = softmax(z), r = the mass of the ids outside the M, and g the gradient of the M (+ 1) results:
+    z are the logits, q = softmax(z), r is the mass of the ids outside the M, g is the gradient of the M (+ 1) results:
     dz_j = -q_j sum(g) + [j among the M] g_j + [j outside] g_rest q_j / r.
     """
 
@@ -231,7 +232,7 @@ class _EventLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The formula above. Not for a second backward pass: it overwrites what was kept."""
+        """The formula above. It overwrites what was kept: there can be no second backward pass."""
         (gradient,) = gradients
         powers, ids, logprobs, rest, total = ctx.saved_tensors
         whole = gradient.sum(dim=1, keepdim=True)
