@@ -113,7 +113,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The batch's part of a mean over `num_items_in_batch` tokens, times the number of workers, by which DDP divides.
+        """The batch's part of a mean over `num_items_in_batch` tokens, times the workers, by whose number DDP divides.
 
         Without num_items_in_batch: the batch's own mean. return_outputs: also an empty dict: there are no logits.
         """

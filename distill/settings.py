@@ -1,6 +1,6 @@
 """How settings are read: defaults of frozen dataclasses, then YAML files, then key=value arguments. Later ones win.
 
-A wrong value is refused, never repaired. Values follow YAML 1.1: quote what has to stay text, as ``dataset.name="'0012'"``.
+A wrong value is refused, never repaired. Values follow YAML 1.1: quote text that looks like a number (``"'0012'"``).
 """
 
 import difflib

@@ -50,6 +50,28 @@ def test_inspect_describes_a_store(tmp_path: Path) -> None:
     assert "  #3 " in shown.stdout
 
 
+def test_inspect_puts_training_runs_side_by_side(tmp_path: Path) -> None:
+    figures = {"tokens": 9, "cross_entropy": 3.0, "kl": 1.0, "top1_agreement": 0.5, "calibration_error": 0.1}
+    for name, kl in (("one", 0.25), ("other", 0.125)):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"step": 0, "held_out": figures},
+            {"step": 1, "loss": 2.0},
+            {"step": 1, "held_out": figures | {"kl": kl}},
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    shown = inspect(tmp_path, "one", "other")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[0].split() == ["held", "out,", "9", "tokens", "before", "one", "other"]
+    assert "KL to teacher                   1.0000    0.2500    0.1250" in shown.stdout
+    (tmp_path / "one" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    shown = inspect(tmp_path, "one")
+    assert (shown.returncode, shown.stderr) == (
+        2,
+        "error: expected held-out figures in one/metrics.jsonl, found none\n",
+    )
+
+
 def test_inspect_refuses(tmp_path: Path, texts: Callable[[int], Path]) -> None:
     for arguments, message in (
         (("nowhere.zarr",), "error: store.path: found no store at nowhere.zarr"),

@@ -1,12 +1,8 @@
-"""All rank arithmetic, without a process group; and the board that workers share."""
-
-import threading
+"""All rank arithmetic, without a process group."""
 
 import pytest
-import torch
 
-from distill.errors import ConfigError, PeerError
-from distill.run.board import Board
+from distill.errors import ConfigError
 from distill.run.grid import Grid
 
 
@@ -63,34 +59,10 @@ def test_the_role_names_replica_and_shard() -> None:
     assert Grid().role == ""
 
 
-def test_workers_meet() -> None:
-    board, order = Board(torch.distributed.HashStore()), []
-
-    def late() -> None:
-        order.append("late")
-        board.meet("here", 2, poll_seconds=0.001)
-
-    other = threading.Timer(0.2, late)
-    other.start()
-    board.meet("here", 2, poll_seconds=0.001)
-    order.append("met")
-    other.join()
-    assert order == ["late", "met"]
-
-
-@pytest.mark.parametrize("error", ["Connection closed by peer", "Timed out waiting 7000ms for recv"])
-def test_only_the_others_errors_are_a_victims(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker of two that loses the other names it; an error of its own is left alone."""
-    from distill.run import groups
-
-    grid = Grid(world_size=2, local_world_size=2).sharded(2)
-    monkeypatch.setattr(groups, "_GRACE_SECONDS", 0)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    with pytest.raises(RuntimeError, match="mine"), groups.process_group(grid, torch.device("cpu"), 7):
-        raise RuntimeError("mine")
-    with (
-        pytest.raises(PeerError, match=r"^worker 1 is gone") as caught,
-        groups.process_group(grid, torch.device("cpu"), 7),
-    ):
-        raise RuntimeError(f"[pair.cc:1] gloo: {error}")
-    assert caught.value.ranks == [1]
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_blocks", [0, 1, 3, 7, 64])
+def test_dealt_blocks_have_one_owner(world_size: int, num_blocks: int) -> None:
+    blocks = [100 + block for block in range(num_blocks)]
+    dealt = [Grid(rank=rank, world_size=world_size).deal(blocks) for rank in range(world_size)]
+    assert sorted(block for share in dealt for block in share) == blocks
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1

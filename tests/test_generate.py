@@ -9,18 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.run.grid import Grid
 from tests.kills import committed, compare
 from tests.support import blocks_logged, command, environment, generate, tree, wait_for
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("num_blocks", [0, 1, 3, 7, 64])
-def test_dealt_blocks_have_one_owner(world_size: int, num_blocks: int) -> None:
-    blocks = [100 + block for block in range(num_blocks)]
-    dealt = [Grid(rank=rank, world_size=world_size).deal(blocks) for rank in range(world_size)]
-    assert sorted(block for share in dealt for block in share) == blocks
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""A process group that breaks."""
+
+import pytest
+import torch
+
+from distill.errors import PeerError
+from distill.run import groups
+from distill.run.grid import Grid
+
+
+@pytest.mark.parametrize("error", ["Connection closed by peer", "Timed out waiting 7000ms for recv"])
+def test_only_the_others_errors_are_a_victims(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker of two that loses the other names it; an error of its own is left alone."""
+    grid = Grid(world_size=2, local_world_size=2).sharded(2)
+    monkeypatch.setattr(groups, "_GRACE_SECONDS", 0)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match="mine"), groups.process_group(grid, torch.device("cpu"), 7):
+        raise RuntimeError("mine")
+    with (
+        pytest.raises(PeerError, match=r"^worker 1 is gone") as caught,
+        groups.process_group(grid, torch.device("cpu"), 7),
+    ):
+        raise RuntimeError(f"[pair.cc:1] gloo: {error}")
+    assert caught.value.ranks == [1]
