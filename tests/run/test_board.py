@@ -1,6 +1,7 @@
 """What workers tell each other."""
 
 import threading
+from dataclasses import replace
 
 import torch
 
@@ -30,10 +31,9 @@ def test_the_first_of_a_node_goes_first() -> None:
         with first_of_node(grid, board):
             order.append(grid.rank)
 
-    late = threading.Timer(
-        0.2, act, [Grid(rank=2, world_size=4, local_rank=0, local_world_size=2, node=1, num_nodes=2)]
-    )
+    first = Grid(rank=2, world_size=4, local_rank=0, local_world_size=2, node=1, num_nodes=2)
+    late = threading.Timer(0.2, act, [first])
     late.start()
-    act(Grid(rank=3, world_size=4, local_rank=1, local_world_size=2, node=1, num_nodes=2))
+    act(replace(first, rank=3, local_rank=1))
     late.join()
     assert order == [2, 3]
