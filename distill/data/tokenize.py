@@ -60,17 +60,37 @@ def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) 
     Raises DataError for a dataset that cannot be loaded, a missing column, values that are neither text nor chat, a
     tokenizer without chat template, samples longer than `context_length`, or no tokens at all.
     """
-    raw = load(config)
+    import datasets
+
+    raw, column, is_chat = load(config), config.messages_column or config.text_column, bool(config.messages_column)
     with as_data_error(config):
         names = raw.column_names or list(next(iter(raw), {}))
-    _check(config, names, tokenizer)
+    _check(config, column, names, tokenizer)
     if config.max_samples is not None:
         raw = raw.take(config.max_samples) if config.streaming else raw.select(range(min(config.max_samples, len(raw))))
-    encoded = _encode(config, raw, names, tokenizer)
+    features = {"tokens": datasets.List(datasets.Value("int32")), "source": datasets.Value("int64")}
+    features |= {"loss_mask": datasets.List(datasets.Value("bool"))} if is_chat else {}
+    arguments: dict[str, Any] = {
+        "function": _Encoder(tokenizer, column, is_chat, config.max_length, config.long),
+        "batched": True,
+        "with_indices": True,
+        "remove_columns": names,
+        "features": datasets.Features(features),
+    }
+    with as_data_error(config):
+        if config.streaming:
+            spool = tempfile.mkdtemp(prefix="distill-stream-")
+            stream = _Rows(raw.map(**arguments))
+            encoded = datasets.Dataset.from_generator(stream, features=arguments["features"], cache_dir=spool)
+            weakref.finalize(encoded, shutil.rmtree, spool, ignore_errors=True)
+        else:  # not from datasets' cache, which does not know when our code or the tokenizer has changed
+            workers = config.num_proc if config.num_proc > 1 else None
+            encoded = raw.map(**arguments, num_proc=workers, desc="tokenizing", load_from_cache_file=False)
+
     lengths = _lengths(encoded)
     if not len(lengths):
         raise DataError(
-            f"dataset.path: expected text, found none in {config.path} (split {config.split}, column {_column(config)})"
+            f"dataset.path: expected text, found none in {config.path} (split {config.split}, column {column})"
         )
     longest = int(lengths.argmax())
     if context_length is not None and lengths[longest] > context_length:
@@ -81,16 +101,12 @@ def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) 
     return Samples(lengths, encoded)
 
 
-def _column(config: DatasetConfig) -> str:
-    return config.messages_column or config.text_column
-
-
-def _check(config: DatasetConfig, names: list[str], tokenizer: Any) -> None:
+def _check(config: DatasetConfig, column: str, names: list[str], tokenizer: Any) -> None:
     """Raise DataError where the column is missing, or the tokenizer cannot encode chats."""
-    key = "messages_column" if config.messages_column else "text_column"
-    if _column(config) not in names:
+    if column not in names:
+        key = "messages_column" if config.messages_column else "text_column"
         raise DataError(
-            f"dataset.{key}: expected a column {_column(config)!r} in {config.path}, found {', '.join(names) or 'none'}"
+            f"dataset.{key}: expected a column {column!r} in {config.path}, found {', '.join(names) or 'none'}"
         )
     if config.messages_column and not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -100,32 +116,6 @@ def _check(config: DatasetConfig, names: list[str], tokenizer: Any) -> None:
         raise DataError(
             "dataset.messages_column: expected a fast tokenizer, which knows where its tokens lie in a text"
         )
-
-
-def _encode(config: DatasetConfig, raw: Any, names: list[str], tokenizer: Any) -> Any:
-    """The tokenized samples of the raw dataset `raw`, with columns `names`, as a map-style dataset on disk."""
-    import datasets
-
-    columns = {"tokens": datasets.List(datasets.Value("int32")), "source": datasets.Value("int64")}
-    if config.messages_column:
-        columns["loss_mask"] = datasets.List(datasets.Value("bool"))
-    arguments: dict[str, Any] = {
-        "function": _Encoder(tokenizer, _column(config), bool(config.messages_column), config.max_length, config.long),
-        "batched": True,
-        "with_indices": True,
-        "remove_columns": names,
-        "features": datasets.Features(columns),
-    }
-    with as_data_error(config):
-        if not config.streaming:  # not from datasets' cache, which does not know when our code or the tokenizer changed
-            workers = config.num_proc if config.num_proc > 1 else None
-            return raw.map(**arguments, num_proc=workers, desc="tokenizing", load_from_cache_file=False)
-        spool = tempfile.mkdtemp(prefix="distill-stream-")
-        encoded = datasets.Dataset.from_generator(
-            _Rows(raw.map(**arguments)), features=arguments["features"], cache_dir=spool
-        )
-        weakref.finalize(encoded, shutil.rmtree, spool, ignore_errors=True)
-        return encoded
 
 
 class _Rows:

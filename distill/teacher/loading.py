@@ -18,20 +18,39 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    source: Source,
-    device: torch.device,
-    placement: Placement,
-    needs: Needs,
-    max_memory: str | None,
-    offload_folder: Path,
+    source: Source, device: torch.device, placement: Placement, needs: Needs, max_memory: str | None, offload: Path
 ) -> tuple[Any, Share]:
     """The model in eval mode, and this worker's share of it.
 
     device: of this worker; with device_map the first of its devices. device_map puts at most `max_memory` on each; the
-    rest stays in memory, then on disk, in `offload_folder`.
+    rest stays in memory, then on disk, in the folder `offload`.
     Raises TeacherError where transformers cannot load it, weights are missing, or the device's memory is too small.
     """
-    kwargs, loader, share = _way(source, device, placement, needs, max_memory, offload_folder)
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    share, is_split = Share(), placement.shard_size > 1
+    kwargs: dict[str, Any] = {
+        "dtype": needs.dtype,
+        "trust_remote_code": source.config.trust_remote_code,
+        "attn_implementation": source.config.attn_implementation,
+    }
+    if placement.mode in ("device_map", "tensor") and importlib.util.find_spec("accelerate") is None:
+        raise TeacherError(f"parallel.mode={placement.mode} needs the package accelerate: pip install accelerate")
+    if placement.mode == "device_map":
+        limits = _max_memory(device, placement.shard_size, needs, max_memory)
+        kwargs |= {"device_map": "auto", "max_memory": limits, "offload_folder": offload}
+    elif placement.mode == "tensor" and is_split:
+        from transformers.distributed import DistributedConfig
+
+        if device.type == "cpu" and torch.cuda.is_available():
+            raise TeacherError("parallel.mode=tensor on a CPU beside GPUs: hide them with CUDA_VISIBLE_DEVICES=")
+        kwargs["distributed_config"] = DistributedConfig(tp_size=placement.shard_size, tp_plan=needs.tensor_plan)
+        share = Shard(needs.vocab_size, device)
+    elif placement.mode == "pipeline" and is_split:
+        share = Stage(device)
+        loader = share.model_class(needs.model_class)
+        del kwargs["trust_remote_code"]
     try:
         model, info = loader.from_pretrained(source.folder, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
@@ -50,43 +69,6 @@ def load(
     if offloaded := places.count("disk") + (places.count("cpu") if device.type == "cuda" else 0):
         logger.warning("teacher: %d of its %d parts are in memory or on disk, which is slow", offloaded, len(places))
     return model.eval(), share
-
-
-def _way(
-    source: Source,
-    device: torch.device,
-    placement: Placement,
-    needs: Needs,
-    max_memory: str | None,
-    offload_folder: Path,
-) -> tuple[dict[str, Any], Any, Share]:
-    """How `load` loads: the arguments of from_pretrained, the class that has it, and this worker's share."""
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
-    share = Share()
-    kwargs: dict[str, Any] = {
-        "dtype": needs.dtype,
-        "trust_remote_code": source.config.trust_remote_code,
-        "attn_implementation": source.config.attn_implementation,
-    }
-    if placement.mode in ("device_map", "tensor") and importlib.util.find_spec("accelerate") is None:
-        raise TeacherError(f"parallel.mode={placement.mode} needs the package accelerate: pip install accelerate")
-    if placement.mode == "device_map":
-        limits = _max_memory(device, placement.shard_size, needs, max_memory)
-        kwargs |= {"device_map": "auto", "max_memory": limits, "offload_folder": offload_folder}
-    elif placement.mode == "tensor" and placement.shard_size > 1:
-        from transformers.distributed import DistributedConfig
-
-        if device.type == "cpu" and torch.cuda.is_available():
-            raise TeacherError("parallel.mode=tensor on a CPU beside GPUs: hide them with CUDA_VISIBLE_DEVICES=")
-        kwargs["distributed_config"] = DistributedConfig(tp_size=placement.shard_size, tp_plan=needs.tensor_plan)
-        share = Shard(needs.vocab_size, device)
-    elif placement.mode == "pipeline" and placement.shard_size > 1:
-        share = Stage(device)
-        loader = share.model_class(needs.model_class)
-        del kwargs["trust_remote_code"]
-    return kwargs, loader, share
 
 
 def _max_memory(device: torch.device, count: int, needs: Needs, limit: str | None) -> dict[int | str, int | str]:

@@ -201,6 +201,7 @@ def plan_store(config: GenerateConfig, source: Source, needs: Needs, fingerprint
     """Tokenize the dataset, place the samples, and create the store with its tokens."""
     samples, order, layout = lay_out(config, source)
     num_samples, num_tokens = len(layout.lengths), int(layout.lengths.sum(dtype=np.int64))
+    versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
     store = WritableStore.create(
         config.store.path,
         config.store.options,
@@ -216,7 +217,14 @@ def plan_store(config: GenerateConfig, source: Source, needs: Needs, fingerprint
             "num_tokens": num_tokens,
             "fingerprint": summarize(fingerprint),
             "config": fingerprint,
-            **_origin(config, source, needs),
+            "teacher": {
+                "model": config.teacher.model,
+                "revision": config.teacher.revision,
+                "architecture": (source.model_config.architectures or ["unknown"])[0],
+                "dtype": needs.dtype_name,
+            },
+            "tokenizer": source.vocabulary,
+            "versions": {"distill": __version__, "python": platform.python_version(), **versions},
         },
         specs=array_specs(config.capture.k, len(config.capture.temperatures), samples.has_loss_mask),
         sizes={"row": layout.num_rows, "sample": num_samples},
@@ -240,18 +248,3 @@ def plan_store(config: GenerateConfig, source: Source, needs: Needs, fingerprint
         f"{num_samples:,}", f"{num_tokens:,}", layout.num_blocks, layout.block_rows,
     )  # fmt: skip
     return store
-
-
-def _origin(config: GenerateConfig, source: Source, needs: Needs) -> dict[str, Any]:
-    """The attributes of the store that say what made it."""
-    packages = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
-    return {
-        "teacher": {
-            "model": config.teacher.model,
-            "revision": config.teacher.revision,
-            "architecture": (source.model_config.architectures or ["unknown"])[0],
-            "dtype": needs.dtype_name,
-        },
-        "tokenizer": source.vocabulary,
-        "versions": {"distill": __version__, "python": platform.python_version(), **packages},
-    }
