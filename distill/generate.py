@@ -61,19 +61,22 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     board = Board(store_of(grid))
     announce(config, grid)
     check_nodes(grid, board, config, config.store.path)
+    # 1. find
     with first_of_node(grid, board):  # it converts or downloads the teacher
         source, needs = prepare.find(config, device)
     board.note(f"free memory of {grid.rank}", str(free_bytes(device, grid.local_world_size)))
+    # 2. plan
     job = prepare.plan_job(config, grid, board, source, needs, device)
     if job is None:  # complete already
         return
-
+    # 3. deal
     grid = grid.sharded(job.placement.workers)
     session.role = grid.role
     if grid.role:
         logger.info("this worker is %s", grid.role, extra={"console": False})
     if job.placement.mode == "device_map":
         device = first_device(device, grid.local_rank, job.placement.shard_size)
+    mine = grid.deal(job.missing)
     group = process_group(grid, device, config.timeout_seconds) if grid.shard_size > 1 else contextlib.nullcontext()
     offloaded = Path(config.log_dir) / f"offload_{grid.rank}"
     with Watch(board, grid, config.timeout_seconds, session.abort) as watch:
@@ -82,25 +85,25 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             board.meet(f"replica {grid.replica} has loaded", grid.shard_size)  # however long: no collective yet
             watch.follow(model)
             teacher = Teacher(model, device, share)
-            worker = Worker(config, job.store, teacher, board, watch, job.missing, grid.deal(job.missing))
+            worker = Worker(config, job.store, teacher, board, watch, job.missing, mine)
             session.how_to_go_on = "what is committed stays, and the same command goes on from there"
             bar = session.bar(worker.total_tokens, worker.done_tokens, "teacher", "tok", worker.progress)
+            # 4. forward, 5. write
             worker.work()
         watch.rest()
         shutil.rmtree(offloaded, ignore_errors=True)
+        # 6. finish
         board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
-        if grid.rank > 0:  # stay, to watch worker 0; and because a worker that is gone while others work has failed
+        if grid.rank == 0:
+            totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
+            board.note("all are done", "yes")
+            bar.show()
+            bar.close()
+            job.store.mark_complete()
+            logger.info(summary(job.store, config, totals))
+        else:  # stay, to watch worker 0; and because a worker that is gone while others work has failed
             with contextlib.suppress(PeerError):
                 board.wait("all are done", poll_seconds=1.0)
-            return
-        totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
-        board.note("all are done", "yes")
-        bar.show()
-        bar.close()
-        if left := job.store.missing_blocks():
-            raise RuntimeError(f"blocks {left[:10]} are not committed although every worker is done")
-        job.store.mark_complete()
-        logger.info(summary(job.store, config, totals))
 
 
 def announce(config: GenerateConfig, grid: Grid) -> None:

@@ -54,7 +54,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     session.open(config.log_dir, grid.log_name)
     board = Board(store_of(grid))
     check_nodes(grid, board, config, config.output)
-
+    # 1. open
     cache = TeacherCache(config.store.path, config.store.options)
     source = model.find(config.student, cache.attributes["teacher"])
     model.check(source, loss, cache)
@@ -67,12 +67,12 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
             logger.info("%s is complete already: nothing to do", output)
             logger.info(metrics.summary(output))
         return
-
     grid = replace(grid, shard_size=grid.world_size)  # all workers wait for each other
     with (
         Watch(board, grid, config.timeout_seconds, session.abort) as watch,
         process_group(grid, device, config.timeout_seconds),
     ):
+        # 2. build
         student = model.build(config.student, source, config.seed)
         board.meet("students are built", grid.world_size)  # however long that takes
         watch.follow(student)
@@ -86,6 +86,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
                 f"{sum(weight.numel() for weight in student.parameters()):,}", f"{len(trained_on):,}",
                 f"{len(held_out):,}", f"from step {training.step} of {total_steps}",
             )  # fmt: skip
+        # 3. read, 4. step, 5. measure, 6. keep
         training.learn(batches.read(training.step, device), session, watch)
         training.save_student(source.tokenizer)
         if grid.rank == 0:

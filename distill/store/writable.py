@@ -103,7 +103,12 @@ class WritableStore(Store):
         return sum(sync(self._group.store.getsize(key)) for key in keys)
 
     def mark_complete(self) -> None:
-        """Remove what killed workers left half written, and say that the store is complete."""
+        """Check that every block is committed, remove what killed workers left half written, and mark the store.
+
+        Raises StoreError where a block is missing although every worker is done.
+        """
+        if left := self.missing_blocks():
+            raise StoreError(f"{self.path}: blocks {left[:10]} are not committed although every worker is done")
         if (root := self._local_root) is not None:
             for stale in root.rglob("*.partial"):
                 stale.unlink()
