@@ -72,14 +72,15 @@ class Session:
         status: list[int] = []
         program = threading.Thread(target=lambda: status.append(self._run(body)), daemon=True)
         program.start()
-        parent = os.getppid()
-        while program.is_alive():
+        parent, thread = os.getppid(), Path(f"/proc/self/task/{program.native_id}")
+        while program.is_alive() or thread.exists():  # torch frees Python objects of a thread after Python's part of it
             program.join(1.0)
+            time.sleep(0.001)
             if self._report.through_torchrun and os.getppid() != parent:  # a new torchrun may deal our blocks to others
                 self.leave()
         for number in STOPS:  # a SIGTERM while the interpreter ends is no failure; it resets handlers, but not this
             signal.signal(number, signal.SIG_IGN)
-        return status[0]
+        return status[0] if status else 1
 
     def _run(self, body: Callable[[], None]) -> int:
         try:

@@ -80,6 +80,28 @@ def test_a_signal_stops_a_worker_whatever_it_does(program: str, most: float, num
     process.stdout.close()
 
 
+ENDING = """
+import ctypes, time
+from distill.run.session import Session
+libc, key = ctypes.CDLL(None), ctypes.c_uint()
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def free(_):
+    time.sleep(0.5)
+    print("freed", flush=True)
+
+libc.pthread_key_create(ctypes.byref(key), free)
+Session(0).run(lambda: libc.pthread_setspecific(key, ctypes.c_void_p(1)))
+print("the end", flush=True)
+"""
+
+
+def test_the_end_waits_for_what_a_thread_frees_last() -> None:
+    """As torch does with what DTensor caches: without an interpreter that would abort."""
+    ran = subprocess.run([sys.executable, "-c", ENDING], env=environment(), capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "freed\nthe end\n"), ran.stderr
+
+
 def test_a_child_that_ends_is_no_signal_to_stop() -> None:
     """A DataLoader's reader, say."""
     program = "import signal, subprocess, time; from distill.run.session import Session; session = Session(0); "
