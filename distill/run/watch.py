@@ -116,7 +116,8 @@ class Watch:
         states = {peer: json.loads(note) for peer, (note, _) in there.items() if note}
         found: list[int] = []
         for first in range(0, self._grid.world_size, self._grid.shard_size):
-            members = range(first, first + self._grid.shard_size)
-            beats = {peer: states[peer][2] for peer in members if peer in states and states[peer][1] >= self._timeout}
-            found += [peer for peer, count in beats.items() if count == min(beats.values())]
+            members = {peer: states[peer] for peer in range(first, first + self._grid.shard_size) if peer in states}
+            if all(idle >= self._timeout for _, idle, _ in members.values()):  # else they wait for a slow one
+                fewest = min((beats for _, _, beats in members.values()), default=0)
+                found += [peer for peer, (_, _, beats) in members.items() if beats == fewest]
         return found

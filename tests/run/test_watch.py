@@ -91,6 +91,10 @@ def test_in_lockstep_who_did_least_is_named() -> None:
     assert [alarm.ranks for alarm in alarms] == [[1]]
 
 
+def test_in_lockstep_who_waits_for_a_slow_one_is_left_alone() -> None:
+    assert together([steady, hangs], timeout=0.5, shard_size=2) == []
+
+
 def test_every_layer_is_progress(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
