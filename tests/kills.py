@@ -1,10 +1,10 @@
-"""Kill runs at random moments and let others, with another number of workers, go on.
+"""Kill runs at random moments, and let others continue with another number of workers.
 
     python -m tests.kills 50        # 50 kills, then the comparison with an undisturbed run; prints what happened
 
 Each round starts the command with 1 to 4 workers and kills -9 one worker, worker 0, all workers, or torchrun with
 them, at a random moment between the start and the end of a run. When the kills are used up, one more run goes to the
-end, and the store's bytes are compared with those of an undisturbed run.
+end, and the store's bytes are compared with those of a run without kills.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def kill(launcher: subprocess.Popen[bytes], victim: str, rng: random.Random) -> 
 
 
 def freeze(launcher: subprocess.Popen[bytes]) -> None:
-    """Stop the second of two workers until the first has left for it."""
+    """Freeze the second of two workers until the first has ended because of it."""
     first, second = sorted(children(launcher.pid))
     os.kill(second, signal.SIGSTOP)
     wait_for(lambda: is_over(first))

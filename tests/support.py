@@ -98,7 +98,7 @@ def save_model(name: str, folder: Path, chat: bool = False, bos: bool = False, *
 
 
 def environment() -> dict[str, str]:
-    """That of a child: no hub, one thread, and this checkout."""
+    """The environment of a child process: no hub, one thread, and this checkout."""
     root = str(Path(__file__).parent.parent)
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
 
@@ -130,7 +130,7 @@ def _main(folder: Path, arguments: Sequence[str], variables: dict[str, str], con
 def generate(
     folder: Path, *arguments: str, workers: int | None = None, timeout: float = 240, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run distill.generate in `folder`, to its end. A time-out here is a deadlock of the workers.
+    """Run distill.generate in `folder`, to its end. A time-out here means that the workers have a deadlock.
 
     Without torchrun it is forked from a process that has imported what takes long, before it sees `variables`.
     """

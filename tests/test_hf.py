@@ -1,4 +1,4 @@
-"""DistillationTrainer: what its losses and gradients are, alone and with two workers, and what it refuses."""
+"""DistillationTrainer: its losses and gradients, with one worker and with two, and what it refuses."""
 
 import os
 from multiprocessing import get_context

@@ -1,4 +1,4 @@
-"""Resident memory of each worker of one copy, after loading and a first pass, beside its share of the weights.
+"""Resident memory of each worker of one replica, after loading and a first pass, and its share of the weights.
 
 torchrun --nproc_per_node 4 -m tests.benchmarks.share_memory tensor FOLDER     # or pipeline, or data with one worker
 """
@@ -31,7 +31,7 @@ def resident(kind: str) -> float:
 
 
 def main(mode: str, folder: str) -> None:
-    """Load one copy on all workers of this machine, run it once, and print what each has grown by at its peak."""
+    """Load one replica on all workers of this machine, run it once, and print how much each has grown at its peak."""
     torch.set_num_threads(1)
     grid = Grid.from_environment()
     grid, board = grid.sharded(grid.world_size), Board(store_of(grid))

@@ -1,4 +1,4 @@
-"""What distillation is worth: the demo's student from the text alone and from what the teacher said, at equal steps.
+"""What distillation brings: the demo's student, from the text alone and from what the teacher said, for equal steps.
 
     python -m tests.benchmarks.students outputs/demo.zarr [seeds=3] [key=value ...]        # keys as for distill.train
 

@@ -1,4 +1,4 @@
-"""Every sample once per epoch, whatever the ranks and workers; the same steps everywhere; an exact way back in."""
+"""Each sample comes once per epoch for any ranks and workers; all make the same steps; epochs can be resumed exactly."""
 
 from itertools import pairwise
 from pathlib import Path

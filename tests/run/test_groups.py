@@ -10,7 +10,7 @@ from distill.run.grid import Grid
 
 @pytest.mark.parametrize("error", ["Connection closed by peer", "Timed out waiting 7000ms for recv"])
 def test_only_the_others_errors_are_a_victims(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker of two that loses the other names it; an error of its own is left alone."""
+    """One of two workers that loses the other names it. An error of its own is raised as it is."""
     grid = Grid(world_size=2, local_world_size=2).sharded(2)
     monkeypatch.setattr(groups, "_GRACE_SECONDS", 0)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)

@@ -84,7 +84,7 @@ def consoles(*folders: Path) -> list[str]:
 def test_two_nodes_make_the_store_of_one(
     model_folder: Callable[[str], Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """Two torchruns of two workers; each node holds one copy in two stages. One bar, on one console.
+    """Two torchruns of two workers; each node has one replica in two stages. There is one bar, on one console.
 
     A worker dies, and torchrun starts all of them again: only its own node counts that as a restart.
     """

@@ -1,4 +1,4 @@
-"""Copies of the teacher on several workers say what one worker says: tensor and pipeline, alone and side by side."""
+"""Replicas of several workers say what one worker says: tensor and pipeline, one replica and several."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def launch(folder: Path, workers: int, runs: list[dict[str, Any]]) -> str:
-    """Do the runs in one launch of so many workers, and return the console. A time-out here is a deadlock of theirs."""
+    """Do the runs in one launch of so many workers, and return the console. A time-out here is a deadlock."""
     file = folder / f"runs of {workers}.json"
     file.write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(workers)]
@@ -128,7 +128,7 @@ def check_shares(whole: Path, store: Path, mode: str) -> None:
 def test_sharded_stores_agree_with_one_process(
     folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """Every architecture on four workers, as one copy of four and as two of two; some as one copy of two."""
+    """Every architecture on four workers, as one replica of four and as two of two; some as one replica of two."""
 
     def run(name: str, mode: str, degree: int, workers: int) -> dict[str, Any]:
         store = tmp_path / f"{name}.{mode}{degree}of{workers}"
@@ -167,7 +167,7 @@ def begin(folder: Path, workers: int, settings: list[str]) -> subprocess.Popen[b
 def test_a_killed_shard_is_named_and_another_mode_goes_on(
     folders: dict[str, Path], texts: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """Kill workers of 2x2 hybrids; resume with another mode, then degree: nothing is lost, nothing done twice."""
+    """Kill workers of 2x2 hybrids, resume with another mode, then another shard_size: nothing is lost or done twice."""
     settings = arguments(folders["llama"], texts(300), Path("x.zarr"))
     for rank, mode in ((3, "pipeline"), (0, "tensor")):
         launcher = begin(tmp_path, 4, [*settings, f"parallel.mode={mode}", "parallel.shard_size=2"])
