@@ -86,7 +86,7 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             watch.follow(model)
             teacher = Teacher(model, device, share)
             worker = Worker(config, job.store, teacher, board, watch, job.missing, mine)
-            session.how_to_go_on = "what is committed stays, and the same command goes on from there"
+            session.how_to_go_on = "what is committed stays, and the same command continues from there"
             bar = session.bar(worker.total_tokens, worker.done_tokens, "teacher", "tok", worker.progress)
             # 4. forward, 5. write
             worker.work()

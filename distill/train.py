@@ -77,7 +77,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
         board.meet("students are built", grid.world_size)  # however long that takes
         watch.follow(student)
         training = Training(config, student, loss, held_out, checkpoints, total_steps, device)
-        session.how_to_go_on = "the same command goes on from the newest checkpoint"
+        session.how_to_go_on = "the same command continues from the newest checkpoint"
         if grid.rank == 0:
             (output / "config.yaml").write_text(to_yaml(config))
             logger.info(

@@ -81,7 +81,7 @@ class Training:
             if stopping and not last:
                 dist.barrier()  # the checkpoint is in its place
                 there = f"a checkpoint of step {self.step} is there"
-                session.how_to_go_on = f"{there}, and the same command goes on from it"
+                session.how_to_go_on = f"{there}, and the same command continues from it"
                 session.leave(session.stopping or signal.SIGTERM)
         session.graceful = False
         watch.rest()

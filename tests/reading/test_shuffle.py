@@ -1,4 +1,4 @@
-"""Each sample comes once per epoch for any ranks and workers; all make the same steps; epochs can be resumed exactly."""
+"""Each sample comes once per epoch for any ranks and workers; all make the same steps; an epoch can be resumed."""
 
 from itertools import pairwise
 from pathlib import Path
