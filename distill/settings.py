@@ -61,8 +61,8 @@ def _check(name: str, value: Any, choices: tuple[str, ...], least: int | None, *
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     good = value is None or value in choices or (is_number and least is not None and value >= least)
     if not good and (choices or least is not None):
-        expected = [*choices, *([] if least is None else [f"at least {least}"])]
-        raise ConfigError(f"{name}: expected {', '.join(expected)}, found {value!r}")
+        expected = [", ".join(choices)] * bool(choices) + [f"at least {least}"] * (least is not None)
+        raise ConfigError(f"{name}: expected {' or '.join(expected)}, found {value!r}")
 
 
 def to_yaml(config: Any) -> str:

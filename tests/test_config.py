@@ -39,8 +39,8 @@ def test_the_resolved_config_reads_back(tmp_path):
         ("dataset.max_length=1", "dataset.max_length: expected at least 2"),
         ("dataset.data_files={a: 1}", "dataset.data_files: expected a file or a list of files"),
         ("dataset.long=wrap", "dataset.long: expected split, truncate, found 'wrap'"),
-        ("store.block_rows=0", "store.block_rows: expected auto, at least 1, found 0"),
-        ("parallel.shard_size=half", "parallel.shard_size: expected auto, at least 1, found 'half'"),
+        ("store.block_rows=0", "store.block_rows: expected auto or at least 1, found 0"),
+        ("parallel.shard_size=half", "parallel.shard_size: expected auto or at least 1, found 'half'"),
         ("store.path=[1", "not YAML"),
     ],
 )

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from distill.config import ParallelConfig, TeacherConfig
+from distill.config import GenerateConfig, ParallelConfig, TeacherConfig
 from distill.errors import ConfigError, TeacherError
 from distill.run.grid import Grid
+from distill.settings import load
 from distill.teacher.placement import Needs, Placement, decide
 from distill.teacher.source import Source
 
@@ -82,7 +83,7 @@ REFUSED: dict[str, tuple[ParallelConfig, dict[str, Any], int, int, str]] = {
     "kv heads": (ParallelConfig("tensor", 4), {"heads": (8, 2)}, 4, 4, "key-value heads that 4 divides, found 2"),
     "no plan": (ParallelConfig("tensor", 2), {"tensor_plan": {}}, 2, 2, "LlamaForCausalLM has no plan for tensor"),
     "layers": (ParallelConfig("pipeline", 4), {"layers": 3}, 4, 4, "expected at least 4 layers, found 3"),
-    "unknown layers": (ParallelConfig("pipeline", 4), {"layers": 0}, 4, 4, "not plain which parts"),
+    "unknown layers": (ParallelConfig("pipeline", 4), {"layers": 0}, 4, 4, "not clear which parts"),
     "quantised": (
         ParallelConfig("tensor", 2),
         {"quantization": "gptq"},
@@ -116,15 +117,15 @@ def test_what_fits_nowhere_is_refused_with_the_arithmetic() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"shard_size": 0}, "parallel.shard_size: expected auto or a positive integer, found 0"),
-        ({"shard_size": "two"}, "expected auto or a positive integer, found 'two'"),
-        ({"mode": "data", "shard_size": 2}, "expected 1 with parallel.mode=data, found 2"),
-        ({"max_memory": "1GiB"}, "expected parallel.mode=device_map with it, found auto"),
+        (["shard_size=0"], "parallel.shard_size: expected auto or at least 1, found 0"),
+        (["shard_size=two"], "expected auto or at least 1, found 'two'"),
+        (["mode=data", "shard_size=2"], "expected 1 with parallel.mode=data, found 2"),
+        (["max_memory=1GiB"], "expected parallel.mode=device_map with it, found auto"),
     ],
 )
-def test_settings_that_cannot_be(values: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be(values: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ParallelConfig(**values)
+        load(GenerateConfig, [f"parallel.{value}" for value in values])
 
 
 def source_of(config: object) -> Source:
@@ -159,7 +160,7 @@ def test_a_model_that_cannot_be_built_without_weights_is_not_cut(tmp_path: Path)
     needs = Needs.of(replace(source_of(config), folder=tmp_path), torch.float32, 1024, GIB)
     assert needs.parameters == 1000
     assert decide(ParallelConfig(), needs, 80 * GIB, node(2), 2) == Placement()
-    assert "not plain which parts of OddForCausalLM" in str(needs.refusal("pipeline", 2))
+    assert "not clear which parts of OddForCausalLM" in str(needs.refusal("pipeline", 2))
     assert "no plan" in str(needs.refusal("tensor", 2))
 
 
