@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill import __version__
 from distill.config import GenerateConfig
@@ -31,6 +32,11 @@ from distill.run.board import Board, first_of_node, store_of
 from distill.run.grid import Grid, refuse_other_launchers
 from distill.run.nodes import check_nodes
 from distill.run.session import Session, run_worker
+
+if TYPE_CHECKING:
+    from distill.run.progress import Bar
+    from distill.store.writable import WritableStore
+    from distill.teacher.worker import Totals
 
 logger = logging.getLogger("distill.generate")  # __name__ is __main__ here
 
@@ -52,8 +58,7 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     from distill.teacher import prepare
     from distill.teacher.loading import load
     from distill.teacher.model import Teacher
-    from distill.teacher.summary import summary
-    from distill.teacher.worker import Totals, Worker
+    from distill.teacher.worker import Worker
 
     refuse_other_launchers()
     device = pick_device("teacher.device", config.teacher.device, grid.local_rank, grid.local_world_size)
@@ -93,17 +98,26 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
         watch.rest()
         shutil.rmtree(offloaded, ignore_errors=True)
         # 6. finish
-        board.note(f"totals of {grid.rank}", json.dumps(vars(worker.totals)))
-        if grid.rank == 0:
-            totals = Totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
-            board.note("all are done", "yes")
-            bar.show()
-            bar.close()
-            job.store.mark_complete()
-            logger.info(summary(job.store, config, totals))
-        else:  # stay, to watch worker 0; and because a worker that is gone while others work has failed
-            with contextlib.suppress(PeerError):
-                board.wait("all are done", poll_seconds=1.0)
+        finish(config, grid, board, job.store, worker.totals, bar)
+
+
+def finish(
+    config: GenerateConfig, grid: Grid, board: Board, store: "WritableStore", totals: "Totals", bar: "Bar"
+) -> None:
+    """Worker 0 waits for all workers, marks the store complete, and sums up; the others wait for worker 0."""
+    from distill.teacher.summary import summary
+
+    board.note(f"totals of {grid.rank}", json.dumps(vars(totals)))
+    if grid.rank == 0:
+        totals = totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
+        board.note("all are done", "yes")
+        bar.show()
+        bar.close()
+        store.mark_complete()
+        logger.info(summary(store, config, totals))
+    else:  # stay, to watch worker 0; and because a worker that is gone while others work has failed
+        with contextlib.suppress(PeerError):
+            board.wait("all are done", poll_seconds=1.0)
 
 
 def announce(config: GenerateConfig, grid: Grid) -> None:
