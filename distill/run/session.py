@@ -104,6 +104,8 @@ class Session:
             logging.getLogger("distill").critical("this worker failed", exc_info=True, extra={"console": False})
             self._end(self._failure())
             return 1
+        finally:  # what this worker has to say is said: a signal changes nothing any more
+            self._leaving = True
 
     def abort(self, error: PeerError) -> NoReturn:
         """End this worker, from any thread, because of what others do."""
@@ -127,7 +129,7 @@ class Session:
             os._exit(0 if self._a_sibling_is_gone() else 128 + number)
 
     def _stopped(self, number: int, _frame: FrameType | None) -> None:
-        if self._leaving:  # a second signal, in the middle of the answer to the first
+        if self._leaving:  # a second signal, in the middle of the answer to the first, or one at the very end
             return
         if self.graceful and not self._a_sibling_is_gone():  # else there is nobody left to wait for
             if self.stopping is None:
