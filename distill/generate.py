@@ -89,6 +89,7 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             model, share = load(source, device, job.placement, needs, config.parallel.max_memory, offloaded)
             board.meet(f"replica {grid.replica} has loaded", grid.shard_size)  # however long: no collective yet
             watch.follow(model)
+            watch.beat()
             teacher = Teacher(model, device, share)
             worker = Worker(config, job.store, teacher, board, watch, job.missing, mine)
             session.how_to_go_on = "what is committed stays, and the same command continues from there"

@@ -33,15 +33,15 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0
     try:
-        paths = [argument for argument in arguments if "=" not in argument]
+        settings = [argument for argument in arguments if argument.startswith("store.options.")]
+        paths = [argument for argument in arguments if argument not in settings]
         folders = [Path(path).expanduser() for path in paths]
-        if folders and all(map(is_run, folders)):
+        if folders and not settings and all(map(is_run, folders)):
             print(side_by_side(folders))
             return 0
         if len(paths) != 1:
             raise ConfigError(f"expected one store, or folders of training runs, found {len(paths)} paths; {_USAGE}")
-        options = load(GenerateConfig, [argument for argument in arguments if "=" in argument]).store.options
-        print(describe(Store.existing(paths[0], options)))
+        print(describe(Store.existing(paths[0], load(GenerateConfig, settings).store.options)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -52,7 +52,7 @@ def test_inspect_describes_a_store(tmp_path: Path) -> None:
 
 def test_inspect_puts_training_runs_side_by_side(tmp_path: Path) -> None:
     figures = {"tokens": 9, "cross_entropy": 3.0, "kl": 1.0, "top1_agreement": 0.5, "calibration_error": 0.1}
-    for name, kl in (("one", 0.25), ("other", 0.125)):
+    for name, kl in (("one", 0.25), ("lr=2", 0.125)):
         (tmp_path / name).mkdir()
         lines = [
             {"step": 0, "held_out": figures},
@@ -60,9 +60,9 @@ def test_inspect_puts_training_runs_side_by_side(tmp_path: Path) -> None:
             {"step": 1, "held_out": figures | {"kl": kl}},
         ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    shown = inspect(tmp_path, "one", "other")
+    shown = inspect(tmp_path, "one", "lr=2")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.splitlines()[0].split() == ["held", "out,", "9", "tokens", "before", "one", "other"]
+    assert shown.stdout.splitlines()[0].split() == ["held", "out,", "9", "tokens", "before", "one", "lr=2"]
     assert "KL to teacher                   1.0000    0.2500    0.1250" in shown.stdout
     (tmp_path / "one" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     shown = inspect(tmp_path, "one")

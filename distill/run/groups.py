@@ -43,13 +43,14 @@ def process_group(grid: Grid, device: "torch.device", timeout_seconds: float) ->
         )
         yield
     except RuntimeError as error:
-        of_the_group = isinstance(error, dist.DistError) or re.search("gloo|NCCL|Timed out", str(error))
+        of_the_group = isinstance(error, dist.DistError) or re.search("gloo|NCCL|Timed out waiting", str(error))
         if not of_the_group:
             raise
         logger.warning("lost the other workers: %s", first_line(error), extra={"console": False})
         if not (silent := _silent_peers(Board(store), grid)):
             raise
-        raise PeerError(f"worker {', '.join(map(str, silent))} is gone", silent) from error
+        what = "does not answer" if "imed out" in str(error) else "is gone"
+        raise PeerError(f"worker {', '.join(map(str, silent))} {what}", silent) from error
     dist.destroy_process_group()  # not after an error: it may wait for operations that never end
 
 

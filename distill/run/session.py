@@ -71,7 +71,9 @@ class Session:
         """
         status: list[int] = []
         program = threading.Thread(target=lambda: status.append(self._run(body)), daemon=True)
+        threading.stack_size(64 << 20)  # as small as 2 MiB otherwise, where the system's limit is "unlimited"
         program.start()
+        threading.stack_size(0)
         parent, thread = os.getppid(), Path(f"/proc/self/task/{program.native_id}")
         while program.is_alive() or thread.exists():  # torch frees Python objects of a thread after Python's part of it
             program.join(1.0)
@@ -115,8 +117,8 @@ class Session:
     def leave(self, number: int = signal.SIGTERM) -> NoReturn:
         """Stop, by the signal `number`. Committed blocks stay; a block that is half written is written again."""
         self._leaving = True
-        _later(_PATIENCE_SECONDS, os._exit, 128 + number)  # the program may hold a lock that is needed below
         try:
+            _later(_PATIENCE_SECONDS, os._exit, 128 + number)  # the program may hold a lock that is needed below
             if self.rank == 0:
                 for bar in self._bars:
                     with contextlib.suppress(RuntimeError):  # the workers' shared store may be gone

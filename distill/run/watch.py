@@ -38,7 +38,8 @@ class Watch:
     def __init__(self, board: Board, grid: Grid, timeout_seconds: float, alarm: Callable[[PeerError], None]) -> None:
         self._board, self._grid, self._alarm = board, grid, alarm
         self._timeout, self._period = timeout_seconds, min(5.0, timeout_seconds / 10)
-        self._beats, self._last = 0, float("inf")
+        self._beats = 0
+        self._last: float | None = None  # when the last beat was; None: at rest
         self._over, self._watched = threading.Event(), threading.get_ident()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
@@ -60,17 +61,13 @@ class Watch:
 
     def rest(self) -> None:
         """No progress is expected until the next `beat`."""
-        self._last = float("inf")
+        self._last = None
 
     def follow(self, model: Any) -> None:
         """Count every layer that `model` begins as progress: a whole batch may take long on a slow device."""
         for part in model.modules():
             for layer in part if type(part).__name__ == "ModuleList" else ():
                 layer.register_forward_pre_hook(lambda *_: self.beat())
-
-    @property
-    def _idle(self) -> float:
-        return max(0.0, time.monotonic() - self._last)
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -83,11 +80,13 @@ class Watch:
         told, tick, looks = False, 0, 0
         try:
             while not self._over.wait(self._period):
-                idle, tick = self._idle, tick + 1
+                tick, last = tick + 1, self._last
+                idle = None if last is None else time.monotonic() - last
                 self._board.note(self._key(rank), json.dumps([tick, idle, self._beats]))
-                if idle >= self._timeout and not told:
+                stands = idle is not None and idle >= self._timeout
+                if stands and not told:
                     self._tell_where()
-                told = idle >= self._timeout
+                told = stands
                 for peer, (before, _) in shown.items():
                     if self._board.has(self._key(peer)) and (note := self._board.wait(self._key(peer))) != before:
                         shown[peer] = note, time.monotonic()
@@ -113,11 +112,12 @@ class Watch:
         frozen = [peer for peer, (_, since) in there.items() if time.monotonic() - since >= self._timeout]
         if frozen or self._grid.rank > 0:
             return frozen
-        states = {peer: json.loads(note) for peer, (note, _) in there.items() if note}
+        states = {peer: json.loads(note)[1:] for peer, (note, _) in there.items() if note}
+        working = {peer: (idle, beats) for peer, (idle, beats) in states.items() if idle is not None}
         found: list[int] = []
         for first in range(0, self._grid.world_size, self._grid.shard_size):
-            members = {peer: states[peer] for peer in range(first, first + self._grid.shard_size) if peer in states}
-            if all(idle >= self._timeout for _, idle, _ in members.values()):  # else they wait for a slow one
-                fewest = min((beats for _, _, beats in members.values()), default=0)
-                found += [peer for peer, (_, _, beats) in members.items() if beats == fewest]
+            members = [peer for peer in range(first, first + self._grid.shard_size) if peer in working]
+            if all(working[peer][0] >= self._timeout for peer in members):  # else they wait for a slow one
+                fewest = min((working[peer][1] for peer in members), default=0)
+                found += [peer for peer in members if working[peer][1] == fewest]
         return found

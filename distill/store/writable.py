@@ -105,10 +105,10 @@ class WritableStore(Store):
     def mark_complete(self) -> None:
         """Check that every block is committed, remove what killed workers left half written, and mark the store.
 
-        Raises StoreError where a block is missing although every worker is done.
+        Raises RuntimeError where a block is missing although every worker is done.
         """
         if left := self.missing_blocks():
-            raise StoreError(f"{self.path}: blocks {left[:10]} are not committed although every worker is done")
+            raise RuntimeError(f"{self.path}: blocks {left[:10]} are not committed although every worker is done")
         if (root := self._local_root) is not None:
             for stale in root.rglob("*.partial"):
                 stale.unlink()

@@ -67,6 +67,7 @@ class Training:
         session.graceful = True
         if self.step == 0:
             self._evaluate()
+        watch.beat()  # the first batches have to come in time
         for parts in batches:
             watch.beat()
             loss = self._take_step(parts)
@@ -77,6 +78,7 @@ class Training:
             if last or stopping or self.step % config.checkpoint_every == 0:
                 watch.rest()
                 self._checkpoints.save(self.step, self._module, self._optimizer, self._scheduler)
+                watch.beat()
             bar.step(f"loss {loss:.3f}")  # after the checkpoint, which is written even if the console is gone
             if stopping and not last:
                 dist.barrier()  # the checkpoint is in its place

@@ -95,6 +95,15 @@ def test_in_lockstep_who_waits_for_a_slow_one_is_left_alone() -> None:
     assert together([steady, hangs], timeout=0.5, shard_size=2) == []
 
 
+def test_in_lockstep_who_hangs_is_named_although_others_are_done() -> None:
+    def done(watch: Watch) -> None:
+        watch.beat()
+        watch.rest()
+        time.sleep(2.0)
+
+    assert [alarm.ranks for alarm in together([hangs, done], timeout=0.5, shard_size=2)] == [[0]]
+
+
 def test_every_layer_is_progress(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:

@@ -128,7 +128,7 @@ def test_completion_sweeps_up_after_the_killed(tmp_path):
     store = create(tmp_path / "x.zarr")
     stale = tmp_path / "x.zarr" / "tokens" / "0.123.partial"
     stale.write_text("half a file")
-    with pytest.raises(StoreError, match=r"blocks \[0, 1, 2\] are not committed"):
+    with pytest.raises(RuntimeError, match=r"blocks \[0, 1, 2\] are not committed"):
         store.mark_complete()
     assert stale.exists()
     commit_all(store)
