@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.errors import ConfigError
-from distill.settings import is_list_of, key
+from distill.settings import key
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class DatasetConfig:
     num_proc: int = key(1, "processes that tokenize", least=1)
 
     def __post_init__(self) -> None:
-        files = self.data_files
-        if not (files is None or isinstance(files, str) or is_list_of(files, str)):
-            raise ConfigError(f"dataset.data_files: expected a file or a list of files, found {files!r}")
+        files = self.data_files if isinstance(self.data_files, list) else [self.data_files or ""]
+        if not all(isinstance(file, str) for file in files):
+            raise ConfigError(f"dataset.data_files: expected a file or a list of files, found {self.data_files!r}")
 
 
 @dataclass(frozen=True)

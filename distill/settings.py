@@ -178,8 +178,3 @@ def _type_name(kind: Any) -> str:
         return "a mapping"
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
     return names.get(kind, str(kind))
-
-
-def is_list_of(value: Any, kind: type) -> bool:
-    """Whether `value` is a list whose entries are all of `kind`."""
-    return isinstance(value, Sequence) and all(isinstance(entry, kind) for entry in value)

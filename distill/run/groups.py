@@ -43,8 +43,7 @@ def process_group(grid: Grid, device: "torch.device", timeout_seconds: float) ->
         )
         yield
     except RuntimeError as error:
-        of_the_group = isinstance(error, dist.DistError) or re.search("gloo|NCCL|Timed out waiting", str(error))
-        if not of_the_group:
+        if not (isinstance(error, dist.DistError) or re.search("gloo|NCCL|Timed out waiting", str(error))):
             raise
         logger.warning("lost the other workers: %s", first_line(error), extra={"console": False})
         if not (silent := _silent_peers(Board(store), grid)):
