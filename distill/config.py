@@ -44,8 +44,8 @@ class DatasetConfig:
     num_proc: int = key(1, "processes that tokenize", least=1)
 
     def __post_init__(self) -> None:
-        files = self.data_files if isinstance(self.data_files, list) else [self.data_files or ""]
-        if not all(isinstance(file, str) for file in files):
+        files = self.data_files if isinstance(self.data_files, list) else [self.data_files]
+        if self.data_files is not None and not all(isinstance(file, str) for file in files):
             raise ConfigError(f"dataset.data_files: expected a file or a list of files, found {self.data_files!r}")
 
 

@@ -38,6 +38,7 @@ def test_the_resolved_config_reads_back(tmp_path):
         ("capture.temperatures=[1.0,hot]", r"capture.temperatures: expected a list of a number, found \[1.0, 'hot'\]"),
         ("dataset.max_length=1", "dataset.max_length: expected at least 2"),
         ("dataset.data_files={a: 1}", "dataset.data_files: expected a file or a list of files"),
+        ("dataset.data_files=0", "dataset.data_files: expected a file or a list of files, found 0"),
         ("dataset.long=wrap", "dataset.long: expected split, truncate, found 'wrap'"),
         ("store.block_rows=0", "store.block_rows: expected auto or at least 1, found 0"),
         ("parallel.shard_size=half", "parallel.shard_size: expected auto or at least 1, found 'half'"),
