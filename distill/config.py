@@ -72,7 +72,7 @@ class ParallelConfig:
 
     mode: str = key(
         "auto",
-        "of a replica: data = one device; device_map = several devices, one worker; tensor, pipeline = several workers",
+        "a replica is on: data = 1 device; device_map = several devices, 1 worker; tensor, pipeline = several workers",
         ("auto", "data", "device_map", "tensor", "pipeline"),
     )
     shard_size: int | str = key(
@@ -148,7 +148,7 @@ class StudentConfig:
 class LossConfig:
     """What the student has to match; docs/training.md has the formulas."""
 
-    divergence: str = key("forward_kl", "from teacher to student", ("forward_kl", "reverse_kl", "jensen_shannon"))
+    divergence: str = key("forward_kl", "between teacher and student", ("forward_kl", "reverse_kl", "jensen_shannon"))
     tail: str = key(
         "bucket",
         "the teacher's mass outside the kept ids: one bucket, renormalised away, or given to the next token",
@@ -162,11 +162,11 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine decay to a tenth."""
 
-    learning_rate: float = key(3e-4, "at its peak")
-    weight_decay: float = key(0.1, "of matrices; vectors (norms, biases) have none")
-    warmup: float = key(0.05, "share of the steps until the peak")
+    learning_rate: float = key(3e-4, "peak learning rate")
+    weight_decay: float = key(0.1, "weight decay of matrices; vectors (norms, biases) have none")
+    warmup: float = key(0.05, "share of the steps until the learning rate is at its peak")
     clip: float = key(1.0, "largest norm of the gradient")
-    epochs: int = key(1, "times over the training samples", least=1)
+    epochs: int = key(1, "passes over the training samples", least=1)
     steps: int | None = key(None, "optimizer steps, instead of epochs", least=1)
 
     def __post_init__(self) -> None:
@@ -211,7 +211,7 @@ class TrainConfig:
         "auto", "dtype of the matrix products: auto = bfloat16 on a GPU", ("auto", "float32", "bfloat16")
     )
     device: str = key("auto", "auto (cuda if there is one), cpu, or cuda")
-    seed: int = key(0, "of shuffling, of random weights and of dropout", least=0)
+    seed: int = key(0, "seed of held-out samples, shuffling, random weights and dropout", least=0)
     checkpoint_every: int = key(100, "steps between two checkpoints", least=1)
     output: str = key("outputs/student", "folder of the student, its checkpoints and its metrics")
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)

@@ -1,4 +1,4 @@
-"""All errors that distill raises on purpose.
+"""The errors that distill raises for what users do, and for what happens to workers.
 
 DistillError
 ├── UserError          bad usage or input: one message, no traceback, exit status 2
@@ -14,7 +14,7 @@ A message says what was expected, what was found, and where: key, file, sample o
 
 
 class DistillError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of the errors below."""
 
 
 class UserError(DistillError, ValueError):

@@ -2,7 +2,7 @@
 
     python -m distill.generate                                              # the embedded demo, one worker
     torchrun --nproc_per_node 8 -m distill.generate                         # the same on 8 workers, GPU or CPU
-    torchrun --nproc_per_node 8 -m distill.generate configs/eight_gpus.yaml dataset.path=texts.jsonl
+    torchrun --nproc_per_node 8 -m distill.generate configs/eight_gpus.yaml dataset.max_samples=100000
     python -m distill.generate --plan configs/eight_gpus.yaml               # what such a run would do, and stop
 
 1. find      the teacher, and how large it is
@@ -116,7 +116,7 @@ def finish(
         bar.close()
         store.mark_complete()
         logger.info(summary(store, config, totals))
-    else:  # stay, to watch worker 0; and because a worker that is gone while others work has failed
+    else:  # stay, to watch worker 0; the others would also take a worker that is gone for one that failed
         with contextlib.suppress(PeerError):
             board.wait("all are done", poll_seconds=1.0)
 

@@ -91,7 +91,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise ConfigError(f"{name}: expected temperatures {self._temperatures}, found {cache.temperatures}")
 
     def _padded(self, cache: Any) -> Dataset[Sample]:
-        """`cache`, filled with empty samples to full batches of all workers: else real samples would be repeated."""
+        """`cache` and empty samples, so that all workers' batches are full; else real samples would be repeated."""
         self._check("eval_dataset", cache)
         missing = -len(cache) % (self.args.eval_batch_size * self.args.world_size)
         nothing: Any = [empty_sample(cache.attributes["k"], len(cache.temperatures))] * missing
@@ -113,9 +113,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The batch's part of a mean over `num_items_in_batch` tokens, times the workers, by whose number DDP divides.
+        """The batch's sum of losses / `num_items_in_batch` x the number of workers, since DDP averages over workers.
 
-        Without num_items_in_batch: the batch's own mean. return_outputs: also an empty dict: there are no logits.
+        Without num_items_in_batch: the batch's own mean. return_outputs: return (loss, {}), since no logits are kept.
         """
         forward = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
         head = self.model.get_output_embeddings()

@@ -86,7 +86,7 @@ def help_text(kind: type, command: str) -> str:
     lines = [
         f"usage: {command} [CONFIG.yaml ...] [key=value ...]",
         "",
-        "Later arguments win; no argument at all runs the embedded demo. Keys and their defaults:",
+        "key=value wins over YAML, later over earlier. Without arguments the demo runs. Keys and their defaults:",
         "",
     ]
     for name, leaf in _leaves(kind):

@@ -76,7 +76,7 @@ def load(config: DatasetConfig) -> Any:
 
 @contextmanager
 def as_data_error(config: DatasetConfig) -> Iterator[None]:
-    """Turn what `datasets` raises into DataError: its own errors, its parsers', the network's, and ours inside them."""
+    """Turn any error inside into DataError. A UserError, also one that `datasets` has wrapped, is raised as it is."""
     try:
         yield
     except Exception as error:

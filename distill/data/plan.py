@@ -76,9 +76,9 @@ def permutation(num_samples: int, seed: int) -> NDArray[np.int64]:
 
 
 def auto_block_rows(lengths: NDArray[np.int32]) -> int:
-    """The rows of a block, from the data alone: a power of two, so that there are about 64 blocks or more.
+    """The rows of a block, from the data alone: a power of two, at most 65536, so that there are more than 32 blocks.
 
-    At most 65536, and at least the longest sample.
+    Larger where the longest sample needs it; then there may be fewer blocks.
     """
     longest, total = int(lengths.max()), int(lengths.sum(dtype=np.int64))
     wanted = max(longest, min(total // _FEWEST_AUTO_BLOCKS, _LARGEST_AUTO_BLOCK))

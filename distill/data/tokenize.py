@@ -119,7 +119,7 @@ def _check(config: DatasetConfig, column: str, names: list[str], tokenizer: Any)
 
 
 class _Rows:
-    """A generator function over a stream. `datasets` hashes it, by pickling: without the stream itself."""
+    """A generator function over a stream. `datasets` pickles it to hash it; the pickle leaves out the stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,6 +1,6 @@
 """What it means to be one of many workers.
 
-A run is one torchrun: workers with a rank each, on one node or several. This room knows nothing of models or data.
+A run is one torchrun: workers with a rank each, on one node or several. This package knows nothing of models or data.
 
 grid       Grid: the ranks, the replicas, and which blocks are whose; refuse_other_launchers
 session    run_worker, Session: how a worker starts, and how it ends; signals and failure reports

@@ -48,8 +48,10 @@ def first_device(device: torch.device, local_rank: int, each: int) -> torch.devi
 
 
 def count_devices(wanted: str, device: torch.device, local_world_size: int) -> int:
-    """How many devices this node's workers may use: all GPUs, the one that is `wanted`, or a part of the CPU each."""
-    return torch.cuda.device_count() if device.type == "cuda" and ":" not in wanted else local_world_size
+    """How many devices this node's workers may use: all GPUs; one for cuda:N; on a CPU, one for each worker."""
+    if device.type != "cuda":
+        return local_world_size
+    return 1 if ":" in wanted else torch.cuda.device_count()
 
 
 def free_bytes(device: torch.device, local_world_size: int) -> int:

@@ -19,7 +19,7 @@ from distill.settings import flat
 
 _PACKAGES = ("distill", "torch", "transformers", "zarr", "numcodecs", "datasets")
 PROBE = ".distill-"
-"""How the name of the file begins with which nodes find out whether they see the same folder."""
+"""The prefix of a file that worker 0 writes, so that the other nodes can check that they see the same folder."""
 
 _PATIENCE_SECONDS = 30.0  # network file systems show new files late
 
@@ -42,7 +42,7 @@ def check_nodes(grid: Grid, board: Board, config: Any, folder: str) -> None:
         ]
         if probe and not _appears(_join(at, probe)):
             found.append(
-                f"{folder}: worker 0 wrote a file on the way to it that this node, where it is {at}, does not see; "
+                f"{folder}: worker 0 wrote a file in it or above it, which this node ({at}) does not see; "
                 "expected one folder that all nodes share"
             )
         board.note(f"verdict of node {grid.node}", json.dumps([socket.gethostname(), found]))

@@ -77,7 +77,7 @@ def obey_parent_only(_reader: int) -> None:
     assert parent is not None
 
     def listen(parent: BaseProcess) -> None:
-        while parent.is_alive():  # torch looks at the process above, which for a fork server's reader lives on
+        while parent.is_alive():  # torch checks the parent only: with forkserver that is the server, which lives on
             came = signal.sigtimedwait(STOPS, 1.0)
             if came is not None and came.si_pid == parent.pid:
                 break

@@ -80,7 +80,7 @@ class Session:
             time.sleep(0.001)
             if self._report.through_torchrun and os.getppid() != parent:  # a new torchrun may deal our blocks to others
                 self.leave()
-        for number in STOPS:  # a SIGTERM while the interpreter ends is no failure; it resets handlers, but not this
+        for number in STOPS:  # a SIGTERM at the very end is no failure; Python then resets handlers, but not SIG_IGN
             signal.signal(number, signal.SIG_IGN)
         return status[0] if status else 1
 

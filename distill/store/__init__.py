@@ -1,6 +1,6 @@
 """What the teacher said, on disk: a Zarr group with docs/format.md as its specification.
 
-Only this room uses zarr. It knows arrays, blocks and commits, and nothing of models or logits.
+Only this package uses zarr. It knows arrays, blocks and commits, and nothing of models or logits.
 
 store        Store: open and read
 writable     WritableStore: create, write and commit

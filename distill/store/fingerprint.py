@@ -1,7 +1,7 @@
 """The fingerprint of a run: the settings and the contents of files that determine the bytes of its store.
 
-It is a flat mapping of dotted names to plain values. It has no paths, no number of workers and no devices, so that a
-run may be continued elsewhere, with other workers, or after its model was moved.
+It is a flat mapping of dotted names to plain values. It has no paths of local files, no number of workers and no
+devices, so that a run may be continued elsewhere, with other workers, or after its model was moved.
 """
 
 import hashlib

@@ -44,7 +44,7 @@ class Metrics:
             flat |= {f"held_out/{name}": value for name, value in values.get("held_out", {}).items()}
             for name, value in flat.items():
                 self._board.add_scalar(name, value, values["step"])
-            self._board.flush()  # a checkpoint that follows is past this step: it is not measured again
+            self._board.flush()  # now: a run that continues after this step does not measure it again
 
 
 def evaluations(file: Path) -> list[dict[str, Any]]:

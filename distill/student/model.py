@@ -28,7 +28,7 @@ _CHUNK_TOKENS = 1024
 def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
     """The folder, configuration and tokenizer of ``student.model``. Raises ConfigError where it cannot be found.
 
-    teacher: the store's attribute, for the student ``teacher``
+    teacher: the store's attribute ``teacher``, used where ``student.model`` is teacher
     """
     is_teacher = config.model == "teacher"
     settings = TeacherConfig(
@@ -134,7 +134,7 @@ class Learner(nn.Module):
         self._sliced = _head_is_all(model)
         if not self._sliced:
             logger.info(
-                "student: its logits are not the output head's alone, so that all of a batch's are held at once"
+                "student: its output head cannot run in chunks, so that all logits of a batch are in memory at once"
             )
 
     def forward(self, batch: Mapping[str, Tensor], measure: Measure | None = None) -> Tensor:

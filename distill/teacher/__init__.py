@@ -11,5 +11,5 @@ share      Share: what differs on a worker that holds a part. pipeline: decoder_
 model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by slice
 capture    what is kept of the logits
 worker     Worker, Totals: from tokens to committed blocks
-summary    summary, plan_table, mean_kept_mass, table, human: a run in words
+summary    summary, mean_kept_mass, table, human: a run in words
 """

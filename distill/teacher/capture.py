@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MANTISSA_BITS = 6
-"""Of a float16's 10. The relative error of a log-probability is at most 2**-7."""
+"""Of a float16's 10. The relative error of a log-probability is at most 2**-7 + 2**-11."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def load(
     """The model in eval mode, and this worker's share of it.
 
     device: of this worker; with device_map the first of its devices. device_map puts at most `max_memory` on each; the
-    rest stays in memory, then on disk, in the folder `offload`.
+    rest stays in CPU memory, then on disk, in the folder `offload`.
     Raises TeacherError where transformers cannot load it, weights are missing, or the device's memory is too small.
     """
     from transformers import AutoModelForCausalLM

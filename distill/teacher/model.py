@@ -226,7 +226,7 @@ class _Float32Head(nn.Module):
 
 
 def _resident(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The head's weight and bias as plain tensors on a device: of this worker's shard, or read from where they are."""
+    """The head's weight and bias as plain tensors: this worker's shard, or read from where they are offloaded."""
     if head.weight.is_meta:  # offloaded by accelerate; we keep the head here, since every slice needs it
         from accelerate.utils import align_module_device
 

@@ -2,9 +2,10 @@
 
 B batch, T positions (padded), H hidden size.
 
-Every stage is the model's own class. The layers of other stages are replaced before any weight is loaded, so that only
-the stage's own weights are read. All stages go through the same batches in the same order: while a stage works on one
-batch, the next stage works on the batch before. The results are equal to those of one process, to the last bit.
+Every stage is an instance of a subclass of the model's own class. The layers of other stages are replaced before any
+weight is loaded, so that only the stage's own weights are read. All stages go through the same batches in the same
+order: while a stage works on one batch, the next stage works on the batch before. The results are equal to those of one
+process, to the last bit.
 """
 
 import itertools

@@ -81,7 +81,7 @@ def plan_job(
     logger.info("parallel: %s; %s", placement.describe(grid), arithmetic(needs, free, placement))
     (Path(config.log_dir) / "config.yaml").write_text(to_yaml(config))
     store = store or plan_store(config, source, needs, fingerprint)
-    # One look at the commits, for all workers: whoever looked later would miss fewer blocks, and deal otherwise.
+    # Worker 0 reads the commits for all. A worker that read them later would find fewer missing, and deal others.
     job = Job(placement, store, store.missing_blocks())
     board.note("job", json.dumps([astuple(placement), job.missing]))
     return job

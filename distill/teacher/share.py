@@ -2,8 +2,8 @@
 
 B batch, T positions (padded), N rows, C candidates of a vocabulary shard, n temperatures.
 
-`Teacher` is written once, as for the whole model. It asks its share in three places: to run a module, to bring the
-candidates of all vocabulary shards together, and to agree with the other workers of the replica.
+`Teacher` is written once, as for the whole model. It asks its share to run a module, to bring the candidates of
+all vocabulary shards together, to agree with the other workers of the replica, and to wait for them at the end.
 """
 
 import itertools

@@ -94,7 +94,7 @@ def locate(config: TeacherConfig) -> Source:
 
 
 def local_tokenizer(model: str, revision: str | None) -> Any:
-    """The tokenizer of ``teacher.model`` if it can be had without converting or downloading anything, else None."""
+    """The tokenizer of ``teacher.model`` if it is on this machine, else None. Nothing is converted or downloaded."""
     from transformers import AutoTokenizer
 
     try:

@@ -56,7 +56,7 @@ class Worker:
     """Does the blocks that are dealt to it.
 
     missing: the blocks that all workers together are to do; dealt: those of this worker
-    total_tokens, done_tokens: of the whole store, and what of it was committed before this run
+    total_tokens: of the whole store; done_tokens: of the blocks that were committed before this run
     """
 
     def __init__(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from distill.errors import ConfigError
-from distill.run.device import pick_device
+from distill.run.device import count_devices, pick_device
 
 CPU = torch.device("cpu")
 
@@ -31,3 +31,10 @@ def test_devices_that_are_there(monkeypatch):
         pick_device("teacher.device", "cuda:0", 0, 2)
     with pytest.raises(ConfigError, match="found 2"):
         pick_device("teacher.device", "cuda:2", 0, 1)
+
+
+def test_a_named_gpu_is_one_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert count_devices("cuda:1", torch.device("cuda", 1), 16) == 1
+    assert count_devices("cuda", torch.device("cuda", 0), 16) == 8
+    assert count_devices("cpu", CPU, 16) == 16
