@@ -22,6 +22,7 @@ from tests.support import (
     command,
     environment,
     generate,
+    has,
     save_model,
     tree,
     wait_for,
@@ -198,6 +199,7 @@ def test_a_hang_ends_with_the_log_of_who_hangs(
 ) -> None:
     settings = arguments(folders["llama"], texts(300), Path("x.zarr"), "parallel.mode=pipeline")
     launcher = begin(tmp_path, 2, [*settings, "timeout_seconds=5"])
+    wait_for(lambda: has(tmp_path / "logs" / "worker_1.log", "is committed"))  # logged just after it is there
     freeze(launcher)
     assert launcher.wait(timeout=60) == 1
     console = (tmp_path / "console").read_text()
