@@ -26,7 +26,7 @@ def process_group(grid: Grid, device: "torch.device", timeout_seconds: float) ->
 
     Replicas have no group in common, so that they may do different numbers of batches. They meet on the `Board`.
 
-    Raises PeerError where another worker is gone. This one first waits to be stopped: its own error would hide the
+    Raises PeerError where another worker is gone or silent. This one first waits to be stopped, lest its error hide the
     cause. A worker that hangs is the business of `Watch`, which can name it; the group's own time-out is longer.
     """
     import torch.distributed as dist
