@@ -29,24 +29,39 @@ class TeacherConfig:
 class DatasetConfig:
     """Which texts or chats the teacher reads, and how they become samples."""
 
-    path: str = key(
-        "demo", "hub id, file (.jsonl .json .parquet .txt .csv), folder, save_to_disk folder, or builder; demo"
-    )
+    path: str = key("demo", "hub id, file, glob, folder, save_to_disk folder, or builder; docs/data.md; demo")
     name: str | None = key(None, "configuration of the dataset, as in datasets.load_dataset")
-    split: str = key("train", "split of the dataset")
+    split: str = key("train", "split of the dataset; where there is only one, that one instead of train")
     data_files: Any = key(None, "file, glob or list of them, as in datasets.load_dataset")
-    text_column: str = key("text", "column of plain text")
-    messages_column: str | None = key(None, "column of chat messages ({role, content}), instead of text_column")
-    streaming: bool = key(False, "read the dataset as a stream, without storing its raw text")
+    form: str = key(
+        "auto", "what the columns mean; auto = what their names say (docs/data.md)",
+        ("auto", "text", "messages", "conversations", "prompt_completion", "instruction", "tokens"),
+    )  # fmt: skip
+    text_column: str | None = key(None, "column of plain text, if it is not called text")
+    messages_column: str | None = key(None, "column of chat messages, if it is not called messages or conversations")
+    chat_template: str | None = key(None, "file of a chat template, instead of the tokenizer's own")
+    chat_template_kwargs: dict[str, Any] = key({}, "variables for the chat template, e.g. {enable_thinking: false}")
+    streaming: bool = key(False, "read a dataset of the hub as a stream, without storing its raw text")
     max_samples: int | None = key(None, "use only the first N examples of the dataset", least=1)
-    max_length: int | None = key(1024, "largest number of tokens in a sample; null = no limit", least=2)
-    long: str = key("split", "texts beyond max_length: split into windows, or truncate", ("split", "truncate"))
+    max_length: int | str | None = key(
+        "auto",
+        "most tokens in a sample; auto = 1024 for texts, the teacher's context for all others; null = no limit",
+        ("auto",),
+        least=2,
+    )
+    long: str = key(
+        "split", "beyond max_length: texts are split into windows (all others: truncated), truncated, or dropped",
+        ("split", "truncate", "drop"),
+    )  # fmt: skip
     num_proc: int = key(1, "processes that tokenize", least=1)
 
     def __post_init__(self) -> None:
         files = self.data_files if isinstance(self.data_files, list) else [self.data_files]
         if self.data_files is not None and not all(isinstance(file, str) for file in files):
             raise ConfigError(f"dataset.data_files: expected a file or a list of files, found {self.data_files!r}")
+        named = [self.text_column, self.messages_column, None if self.form == "auto" else self.form]
+        if sum(name is not None for name in named) > 1:
+            raise ConfigError(f"dataset: expected one of text_column, messages_column and form, found {named}")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ a token, and the five tokens that the teacher expects next.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.config import GenerateConfig
+from distill.data.show import marked
 from distill.errors import ConfigError, UserError
 from distill.settings import load
 from distill.store.store import Store
@@ -76,18 +78,32 @@ def describe(store: Store) -> str:
     for name, (shape, dtype, size) in sizes.items():
         shown = " x ".join(map(str, shape))
         arrays.append(f"{name:16}{shown:>16}{dtype:>10}{human(size):>12}{size / max(1, tokens):>13.1f}")
-    words = _decoder(teacher["model"], teacher["revision"])
-    return "\n\n".join([head, "\n".join(arrays), *_examples(store, commits, words)])
+    tokenizer = local_tokenizer(teacher["model"], teacher["revision"])
+    return "\n\n".join([head, "\n".join(arrays), *_examples(store, commits, tokenizer)])
 
 
-def _examples(store: Store, commits: NDArray[np.int64], words: Callable[[int], str]) -> list[str]:
-    """The first rows of two samples in words; of none where nothing is committed."""
+def _examples(store: Store, commits: NDArray[np.int64], tokenizer: Any) -> list[str]:
+    """A sample with what is trained on marked, and the first rows of two in words; none where nothing is committed."""
     starts, lengths = store.read_all("sample_start"), store.read_all("sample_length")
     there = np.flatnonzero((commits[starts // store.block_rows] >= 0) & (lengths > 1))
-    return [_example(store, int(sample), int(starts[sample]), int(lengths[sample]), words) for sample in there[:2]]
+    shown = [_marked(store, int(starts[sample]), int(lengths[sample]), tokenizer) for sample in there[:1] if tokenizer]
+    return [
+        *shown,
+        *(_example(store, int(sample), int(starts[sample]), int(lengths[sample]), tokenizer) for sample in there[:2]),
+    ]
 
 
-def _example(store: Store, sample: int, start: int, length: int, words: Callable[[int], str]) -> str:
+def _marked(store: Store, start: int, length: int, tokenizer: Any) -> str:
+    tokens = store.read_rows("tokens", start, start + length)
+    mask = store.read_rows("loss_mask", start, start + length) if "loss_mask" in store.array_names() else None
+    return f"the first sample, «what is trained on»:\n{marked(tokenizer, tokens, mask)}"
+
+
+def _example(store: Store, sample: int, start: int, length: int, tokenizer: Any) -> str:
+    def words(token: int) -> str:
+        text = tokenizer.decode([int(token)]) if tokenizer else ""
+        return repr(text) if text else f"#{token}"  # ids beyond the tokenizer's vocabulary have no text
+
     stop = start + min(length, _SHOWN_ROWS)
     tokens, ids = store.read_rows("tokens", start, stop), store.read_rows("target_ids", start, stop)
     probabilities = np.exp(store.read_rows("target_logprobs", start, stop).astype(np.float32))
@@ -99,17 +115,6 @@ def _example(store: Store, sample: int, start: int, length: int, words: Callable
         following = [f"{words(i)} {p:.2f}" for i, p in zip(candidates[:_SHOWN_IDS], chances, strict=False)]
         lines.append(f"  {words(token):16} -> {'  '.join(following)}")
     return "\n".join(lines)
-
-
-def _decoder(model: str, revision: str | None) -> Callable[[int], str]:
-    """From an id to its text, where the teacher's tokenizer is at hand; else to the id itself."""
-    tokenizer = local_tokenizer(model, revision)
-
-    def words(token: int) -> str:
-        text = tokenizer.decode([int(token)]) if tokenizer else ""
-        return repr(text) if text else f"#{token}"  # ids beyond the tokenizer's vocabulary have no text
-
-    return words
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def test_the_resolved_config_reads_back(tmp_path):
         ("teacher.trust_remote_code=maybe", "teacher.trust_remote_code: expected true or false, found 'maybe'"),
         ("capture.temperatures=[2.0]", "expected different positive numbers, 1.0 among them"),
         ("capture.temperatures=[1.0,hot]", r"capture.temperatures: expected a list of a number, found \[1.0, 'hot'\]"),
-        ("dataset.max_length=1", "dataset.max_length: expected at least 2"),
+        ("dataset.max_length=1", "dataset.max_length: expected auto or at least 2"),
         ("dataset.data_files={a: 1}", "dataset.data_files: expected a file or a list of files"),
         ("dataset.data_files=0", "dataset.data_files: expected a file or a list of files, found 0"),
-        ("dataset.long=wrap", "dataset.long: expected split, truncate, found 'wrap'"),
+        ("dataset.long=wrap", "dataset.long: expected split, truncate, drop, found 'wrap'"),
         ("store.block_rows=0", "store.block_rows: expected auto or at least 1, found 0"),
         ("parallel.shard_size=half", "parallel.shard_size: expected auto or at least 1, found 'half'"),
         ("store.path=[1", "not YAML"),
@@ -62,5 +62,5 @@ def test_refusals_name_the_file(tmp_path):
 
 def test_help_lists_every_key_with_its_default():
     text = help_text(GenerateConfig, "x")
-    for words in ("capture.k=64", "dataset.max_length=1024", "store.path=outputs/demo.zarr", "teacher.revision=null"):
+    for words in ("capture.k=64", "dataset.max_length=auto", "store.path=outputs/demo.zarr", "teacher.revision=null"):
         assert words in text

@@ -47,11 +47,17 @@ BAD_INPUT = {
     "folder without a model": ("teacher.model={root}/other", "found no config.json"),
     "no weights": ("teacher.model={root}/weightless", "expected weights"),
     "no chat template": ("dataset.path={root}/chat.jsonl dataset.messages_column=messages", "has no chat template"),
-    "missing column": ("dataset.path={root}/chat.jsonl", "expected a column 'text' in .*chat.jsonl, found messages"),
-    "not text": ("dataset.path={root}/numbers.jsonl", "expected text in 'text', found 5 .int. in example 0"),
-    "empty data": ("dataset.path={root}/empty.jsonl", "expected text, found none"),
+    "missing column": (
+        "dataset.text_column=text dataset.path={root}/chat.jsonl",
+        "expected a column 'text' in .*, found messages",
+    ),
+    "not text": ("dataset.path={root}/numbers.jsonl", "expected text in 'text' of example 0, found 5 .int."),
+    "empty data": (
+        "dataset.path={root}/empty.jsonl",
+        "expected something to train on, found nothing; .*dropped 1 empty",
+    ),
     "missing data": ("dataset.path=./nowhere.jsonl", "found no file or folder ./nowhere.jsonl"),
-    "unknown split": ("dataset.split=test", 'Unknown split "test"'),
+    "unknown split": ("dataset.split=test", "dataset.split: expected train, .* found test"),
     "k": ("capture.k=1001", "capture.k: expected at most 1000, the teacher's vocabulary, found 1001"),
     "context": (
         "dataset.max_length=1025",
@@ -108,7 +114,7 @@ def test_another_runs_store_is_refused(inputs: dict[str, Path], tmp_path: Path) 
     ran = generate(tmp_path, *arguments, "capture.k=9", "dataset.max_length=300")
     assert ran.returncode == 2
     assert "capture.k: the store has 8, this run 9" in ran.stderr
-    assert "dataset.max_length: the store has 1024, this run 300" in ran.stderr
+    assert "dataset.max_length: the store has 'auto', this run 300" in ran.stderr
     assert tree(tmp_path / "x.zarr") == before
 
 

@@ -2,8 +2,11 @@
 
 A sample is a sequence of token ids. The plan gives each sample its place in the store. No model is needed for that.
 
-dataset    load, identity, as_data_error: find a dataset and open it
-tokenize   tokenize, Samples: texts or chats to samples
-chat       encode_chat: messages to tokens and the loss mask
+dataset    find, Data: the demo, local files, a saved dataset, one of the hub
+files      the rows of local files, as they are
+forms      recognize; texts, chats, prompts with completions, instructions. ids: tokens. form: what they share
+messages   chat messages as users have them, in one form. chat: from messages to tokens, and which the assistant writes
+tokenize   tokenize, Samples: examples to samples
+show       marked: a sample in words, with what is trained on marked
 plan       lay_out, Plan, permutation, auto_block_rows: samples to rows, blocks and batches
 """

@@ -1,71 +1,223 @@
-"""From chat messages to tokens, and which of the tokens the assistant wrote."""
+"""From chat messages to tokens, and which of the tokens the assistant writes.
+
+Where a chat template marks what the assistant writes ({% generation %}), that is it. With any other, a turn begins
+where the generation prompt ends that the model is given for it: the template is rendered for the messages before the
+turn, with and without that prompt. The turn ends where the chat up to it ends. Some templates render the past otherwise
+than the present (they leave out old thoughts, tools or dates), so the turn is looked up in the whole chat. What cannot
+be found there is refused; nothing is guessed.
+"""
 
 import os
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
-from distill.errors import DataError
+from distill.data.messages import Message, in_parts, with_contents
+from distill.errors import DataError, first_line
 
-_STAND_IN = "\u2063"  # an invisible character that no message begins or ends with
+_STAND_IN = "\u2063"  # an invisible character that no template writes
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+Render = Callable[..., str]
 
 
-def encode_chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[bool]]:
-    """The tokens of a chat, by the tokenizer's chat template, and for each token whether the assistant wrote it.
+class ChatEncoder:
+    """Chats to tokens, by a tokenizer's chat template or another one."""
 
-    Some templates mark what the assistant wrote. With any other, a turn's words are what changes in the rendered text
-    when the turn is replaced by another one; the end-of-turn token after them belongs to the turn.
-    where: names the chat in error messages. Raises DataError for what is not a list of {role, content}, and for what
-    the template refuses.
+    def __init__(self, tokenizer: Any, template: str | None, variables: Mapping[str, Any]) -> None:
+        """template: instead of the tokenizer's own. variables: what it is given beside the messages."""
+        self._tokenizer, self._template, self._variables = tokenizer, template, dict(variables)
+        self._now = datetime.now()  # one moment for all chats: a date may be a part of them
+
+    def encode(
+        self,
+        messages: list[Message],
+        where: str,
+        tools: list[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        first: int = 0,
+    ) -> tuple[list[int], list[bool], tuple[str, ...]]:
+        """The tokens of a chat; for each whether it is trained on: the assistant wrote it, in message `first` or later;
+        and what a user should know about it, as in Encoded.
+
+        messages: as from `normalize`. tools, variables: given to the template. where: names the chat in messages.
+        Raises DataError where the template refuses the chat or loses words of it, and where it cannot be told which
+        words are the assistant's.
+        """
+        template = self._template or self._tokenizer.get_chat_template(None, tools)
+        given = {**self._tokenizer.special_tokens_map, **self._variables, **(variables or {})}
+
+        def render(turns: list[Message], prompt: bool = False, marks: bool = False) -> Any:
+            return self._render(template, turns, tools, given, prompt, marks)
+
+        messages, text = _faithful(render, messages, where)
+        lost = tools and not all(name in text for name in map(_name_of, tools))
+        notes = ("have tools, which the chat template leaves out",) if lost else ()
+        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            _, ranges = render(messages, marks=True)
+            ranges = ranges[0] if ranges and isinstance(ranges[0], list) else ranges
+            boundary = len(render(messages[:first])) if first else 0
+            ranges = [span for span in ranges if span[0] >= boundary]
+        else:
+            ranges = _turns(render, messages, text, first, where)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        trained = [any(a < end and b > begin for begin, end in ranges) for a, b in encoded["offset_mapping"]]
+        return list(encoded["input_ids"]), trained, notes
+
+    def _render(
+        self, template: str, turns: list[Message], tools: Any, given: dict[str, Any], prompt: bool, marks: bool
+    ) -> Any:
+        """The text of some turns; with `marks` also the ranges of characters that the template marks."""
+        from transformers.utils import chat_template_utils
+
+        compiled = chat_template_utils._compile_jinja_template(template)
+        compiled.globals["strftime_now"] = self._now.strftime
+        texts, ranges = chat_template_utils.render_jinja_template(
+            [turns], tools=tools, chat_template=template, return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt, **given,
+        )  # fmt: skip
+        return (texts[0], ranges) if marks else texts[0]
+
+
+def _faithful(render: Render, messages: list[Message], where: str) -> tuple[list[Message], str]:
+    """The chat in the first form whose text has all words of it, and that text."""
+    complaints = []
+    for turns in (messages, with_contents(messages), in_parts(messages), in_parts(with_contents(messages))):
+        try:
+            text = render(turns)
+        except Exception as error:  # jinja's own, or whatever a template raises on purpose
+            complaints.append(f"the chat template refuses {where}: {first_line(error)}")
+            continue
+        lost = _lost(messages, text)
+        if lost is None and ("'type': 'text'" not in text or turns is messages):
+            return turns, text
+        complaints.append(f"the chat template leaves out {lost} in {where}; dataset.chat_template=FILE names another")
+    raise DataError(f"dataset: {complaints[0]}")
+
+
+def _lost(messages: list[Message], text: str) -> str | None:
+    """Words of a message that are not in the rendered text; None if all are there.
+
+    An answer may lose its thoughts when another one follows: many templates do that on purpose.
     """
-    if not messages:
-        return [], []
-    if not (
-        isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-    ):
-        found = f"{repr(messages)[:40]} ({type(messages).__name__})"
-        raise DataError(f"dataset.messages_column: expected a list of {{role, content}} in {where}, found {found}")
-    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    try:
-        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-            marked = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
-            return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
-        text = _render(tokenizer, turns)
-        others = [
-            _render(tokenizer, [*turns[:i], {"role": "assistant", "content": _STAND_IN}, *turns[i + 1 :]])
-            for i, turn in enumerate(turns)
-            if turn["role"] == "assistant"
-        ]
-    except Exception as error:  # jinja's own, or whatever a template raises on purpose
-        raise DataError(f"dataset.messages_column: the chat template refuses {where}: {error}") from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    from_assistant = [False] * len(tokens)
-    for start, end in (_changed(text, other) for other in others):
-        first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(tokens))
-        following = next((i for i in range(first, len(tokens)) if offsets[i][0] >= end), len(tokens))
-        for i in range(first, _end_of_turn(tokenizer, tokens, following)):
-            from_assistant[i] = True
-    return tokens, from_assistant
+    for i, message in enumerate(messages):
+        is_last = i == len(messages) - 1
+        if isinstance(words := message.get("content"), str):
+            spoken = words if is_last or message["role"] != "assistant" else words.rpartition("</think>")[2]
+            if (word := _missing(spoken, text)) is not None:
+                return f"the word {word!r} of message {i}"
+        for call in message.get("tool_calls") or () if isinstance(message.get("tool_calls"), list) else ():
+            if _name_of(call) not in text:
+                return f"the call of {_name_of(call)} in message {i}"
+        thoughts = next((t for key in _THOUGHTS if isinstance(t := message.get(key), str) and t.strip()), "")
+        if is_last and (word := _missing(thoughts, text)) is not None:
+            return f"the word {word!r} of the reasoning in message {i}"
+    return None
 
 
-def _render(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+def _missing(words: str, text: str) -> str | None:
+    if words.strip() in text:
+        return None
+    return next((word for word in re.findall(r"\w+", words) if word not in text), None)
 
 
-def _changed(text: str, other: str) -> tuple[int, int]:
-    """The range of characters in which `text` differs from `other`."""
-    start = len(os.path.commonprefix([text, other]))
-    return start, len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+def _name_of(tool: Any) -> str:
+    """The name of a tool or of a tool call; empty where it has none."""
+    while isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        tool = tool["function"]
+    return str(tool.get("name", "")) if isinstance(tool, dict) else ""
 
 
-def _end_of_turn(tokenizer: Any, tokens: list[int], following: int) -> int:
-    """The position after the special token that ends the turn whose words end before `following`.
+def _turns(render: Render, messages: list[Message], text: str, first: int, where: str) -> list[tuple[int, int]]:
+    """The range of characters of `text` that the assistant writes in each of its turns from message `first` on."""
+    ranges: dict[int, tuple[int, int]] = {}
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        between = [message for message in messages[max(ranges, default=-1) + 1 : i] if message["role"] != "system"]
+        least = max(ranges.values())[1] if ranges else 0
+        try:
+            found = _turn(render, messages, i, text, least, alone=len(between) == 1)
+        except Exception as error:  # whatever a template raises on purpose
+            raise DataError(
+                f"dataset: the chat template refuses {where} up to message {i}, so that it cannot be told what the "
+                f"assistant writes: {first_line(error)}"
+            ) from error
+        if found is None:
+            raise DataError(
+                f"dataset: expected to find in the rendered chat what the assistant writes in message {i} of {where}; "
+                "the chat template renders it in another way when it is the last one"
+            )
+        begin, end = found
+        ranges[i] = begin, begin + len(text[begin:end].rstrip())  # the model stops at the end of its turn
+    return [span for i, span in ranges.items() if i >= first]
 
-    White space may come before that token. Where there is none, the turn ends with its words.
+
+def _turn(
+    render: Render, messages: list[Message], i: int, text: str, least: int, alone: bool
+) -> tuple[int, int] | None:
+    """The range of message i, which the assistant wrote; None where that is not clear. It begins at `least` or later.
+
+    alone: there is one message between this and the assistant's message before
     """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
-    for i in range(following, len(tokens)):
-        if tokens[i] in special:
-            return i + 1
-        if tokenizer.decode([tokens[i]]).strip():
-            break
-    return following
+    before, prompted = render(messages[:i]), render(messages[:i], prompt=True)
+    at = _position(before, messages[i - 1] if i else {}, text, least, alone)
+    if at is None or not prompted.startswith(before):
+        return None
+    prompt = prompted[len(before) :]
+    begin = at + len(prompt)
+    if not prompt or not text.startswith(prompt, at):  # then it begins where the words of any answer would
+        opening = prompt or _opening(render, messages[:i], before)
+        if opening is None:
+            return None
+        begin = at + len(os.path.commonprefix([opening, text[at : at + len(opening)]]))
+        words = _words_of(messages[i])
+        overlapping = text.rfind(words, at, begin + len(words)) if words else -1
+        begin = overlapping if overlapping >= at else begin
+    if i == len(messages) - 1:
+        return begin, len(text)
+    renderings = [render(messages[: i + 1]), render(messages[: i + 1], prompt=True).removesuffix(prompt)]
+    starts = [_position(before, messages[i - 1] if i else {}, whole, 0, alone) for whole in renderings]
+    turns = [whole[start:] for whole, start in zip(renderings, starts, strict=True) if start is not None]
+    for turn in turns:
+        if text.startswith(turn, at):
+            return begin, at + len(turn)
+    rest = max((_longest_end(turn, text, begin) for turn in turns), key=len, default="")
+    found = rest.strip() and _missing(_words_of(messages[i]), rest) is None
+    return (begin, begin + len(rest)) if found else None
+
+
+def _position(before: str, previous: Message, text: str, least: int, alone: bool) -> int | None:
+    """Where the chat goes on after what is `before`, of which the message `previous` is the last; None if unclear."""
+    if text.startswith(before) and len(before) >= least:
+        return len(before)
+    words = _words_of(previous)
+    tail = before[before.rfind(words) :] if words and words in before else ""
+    found = [match.end() for match in re.finditer(re.escape(tail), text[least:])] if tail else []
+    return least + found[0] if len(found) == 1 or (found and alone) else None
+
+
+def _opening(render: Render, turns: list[Message], before: str) -> str | None:
+    """What a template without generation prompt writes before the words of an answer; None if it writes no words."""
+    for content in (_STAND_IN, [{"type": "text", "text": _STAND_IN}]):
+        found = render([*turns, {"role": "assistant", "content": content}])
+        if found.startswith(before) and found.count(_STAND_IN) == 1:
+            return found[len(before) : found.index(_STAND_IN)]
+    return None
+
+
+def _words_of(message: Message) -> str:
+    """The words of a message that a template certainly shows."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+
+
+def _longest_end(turn: str, text: str, begin: int) -> str:
+    """The longest end of `turn` that `text` has at `begin`."""
+    at = turn.find(text[begin : begin + 1]) if begin < len(text) else -1
+    while at >= 0:
+        if text.startswith(turn[at:], begin):
+            return turn[at:]
+        at = turn.find(text[begin], at + 1)
+    return ""

@@ -1,204 +1,230 @@
-"""From the examples of a dataset to samples: tokenize texts or chats, and cut long ones into windows.
+"""From the examples of a dataset to samples: sequences of token ids, with a mask of what is trained on.
 
-A sample is one sequence of token ids. A chat's sample also has a loss mask: True at each position whose NEXT token the
-assistant wrote, the token that ends its turn among them.
+The loss mask of a sample is True at each position whose NEXT token is trained on. Texts beyond `max_length` are cut
+into windows. Everything else is cut at its end, or dropped: a window of a chat has no question.
 
 S samples, N tokens of several samples.
 """
 
-import shutil
+import array
+import logging
+import multiprocessing
+import os
+import sys
 import tempfile
-import weakref
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute  # registers pa.compute
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from distill.config import DatasetConfig
-from distill.data.chat import encode_chat
-from distill.data.dataset import as_data_error, load
+from distill.data.dataset import Data
+from distill.data.files import Row
+from distill.data.form import Encoded, Form
+from distill.data.forms import recognize
 from distill.errors import DataError
+from distill.run.processes import obey_parent_only, signals_blocked
+
+logger = logging.getLogger(__name__)
+
+TEXT_WINDOW = 1024
+"""Tokens in a window of a text, with dataset.max_length=auto."""
+
+_BATCH_EXAMPLES = 256
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Tokenized samples on disk (memory-mapped Arrow), in the order of the dataset.
+    """Tokenized samples on disk, in the order of the dataset.
 
     lengths: [S] int32, the number of tokens of each sample
+    source:  [S] int64, the number of its example in the dataset
     """
 
     lengths: NDArray[np.int32]
-    _dataset: Any
+    source: NDArray[np.int64]
+    _ends: NDArray[np.int64]
+    _columns: dict[str, NDArray[Any]]
 
     @property
     def largest_token(self) -> int:
         """The largest token id of all samples."""
-        chunks = self._dataset.with_format("arrow").data.column("tokens").chunks
-        return int(max(pa.compute.max(chunk.flatten()).as_py() for chunk in chunks if len(chunk)))
+        return int(self._columns["tokens"].max())
 
     @property
     def has_loss_mask(self) -> bool:
-        """Whether the samples are chats."""
-        return "loss_mask" in self._dataset.column_names
+        """Whether not every token is trained on."""
+        return "loss_mask" in self._columns
 
-    def take(self, samples: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """The given samples, concatenated: tokens [N] int32, source [n] int64 and, for chats, loss_mask [N] bool."""
-        table = self._dataset.with_format("arrow")[samples]
-        found = {"tokens": _flat(table["tokens"]), "source": table["source"].to_numpy()}
-        if self.has_loss_mask:
-            found["loss_mask"] = _flat(table["loss_mask"])
+    def take(self, samples: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The given samples, concatenated: tokens [N] int32, source [n] int64 and perhaps loss_mask [N] bool."""
+        found: dict[str, NDArray[Any]] = {"source": self.source[np.asarray(samples)]}
+        for name, values in self._columns.items():
+            parts = [values[self._ends[i] - self.lengths[i] : self._ends[i]] for i in samples]
+            found[name] = np.concatenate(parts) if parts else values[:0]
         return found
 
 
-def tokenize(config: DatasetConfig, tokenizer: Any, context_length: int | None) -> Samples:
-    """Load the dataset and tokenize it into samples.
+class _Spool:
+    """Samples while they are made: in files that nobody else sees, and that are gone with this process."""
 
-    Raises DataError for a dataset that cannot be loaded, a missing column, values that are neither text nor chat, a
-    tokenizer without chat template, samples longer than `context_length`, or no tokens at all.
+    def __init__(self, masked: bool) -> None:
+        self._types = {"tokens": np.int32} | ({"loss_mask": np.bool_} if masked else {})
+        self._files: dict[str, IO[bytes]] = {name: tempfile.TemporaryFile() for name in self._types}  # noqa: SIM115
+        self._lengths, self._source = array.array("i"), array.array("q")
+
+    def __enter__(self) -> "_Spool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()  # what was mapped stays
+
+    def add(self, tokens: list[int], mask: list[bool] | None, example: int) -> None:
+        columns: dict[str, Any] = {"tokens": tokens, "loss_mask": mask}
+        for name, file in self._files.items():
+            file.write(np.asarray(columns[name], self._types[name]).tobytes())
+        self._lengths.append(len(tokens))
+        self._source.append(example)
+
+    def samples(self) -> Samples:
+        lengths = np.array(self._lengths, np.int32)
+        columns: dict[str, NDArray[Any]] = {}
+        for name, file in self._files.items():
+            file.flush()
+            columns[name] = np.memmap(file, self._types[name], "r") if len(lengths) else np.zeros(0, self._types[name])
+        ends = np.cumsum(lengths, dtype=np.int64)
+        return Samples(lengths, np.array(self._source, np.int64), ends, columns)
+
+
+def tokenize(
+    data: Data, tokenizer: Any, context_length: int | None, vocab_size: int | None = None, visible: bool = True
+) -> Samples:
+    """Read the dataset and tokenize it into samples.
+
+    context_length, vocab_size: the teacher's. visible: show a progress bar.
+    Raises DataError for a dataset that cannot be read, columns that mean nothing, values that are not what their column
+    should have, samples longer than `context_length`, or nothing to train on.
     """
-    import datasets
-
-    raw, column, is_chat = load(config), config.messages_column or config.text_column, bool(config.messages_column)
-    with as_data_error(config):
-        names = raw.column_names or list(next(iter(raw), {}))
-    _check(config, column, names, tokenizer)
-    if config.max_samples is not None:
-        raw = raw.take(config.max_samples) if config.streaming else raw.select(range(min(config.max_samples, len(raw))))
-    features = {"tokens": datasets.List(datasets.Value("int32")), "source": datasets.Value("int64")}
-    features |= {"loss_mask": datasets.List(datasets.Value("bool"))} if is_chat else {}
-    arguments: dict[str, Any] = {
-        "function": _Encoder(tokenizer, column, is_chat, config.max_length, config.long),
-        "batched": True,
-        "with_indices": True,
-        "remove_columns": names,
-        "features": datasets.Features(features),
-    }
-    with as_data_error(config):
-        if config.streaming:
-            spool = tempfile.mkdtemp(prefix="distill-stream-")
-            stream = _Rows(raw.map(**arguments))
-            encoded = datasets.Dataset.from_generator(stream, features=arguments["features"], cache_dir=spool)
-            weakref.finalize(encoded, shutil.rmtree, spool, ignore_errors=True)
-        else:  # not from datasets' cache, which does not know when our code or the tokenizer has changed
-            workers = config.num_proc if config.num_proc > 1 else None
-            encoded = raw.map(**arguments, num_proc=workers, desc="tokenizing", load_from_cache_file=False)
-
-    lengths = _lengths(encoded)
-    if not len(lengths):
-        raise DataError(
-            f"dataset.path: expected text, found none in {config.path} (split {config.split}, column {column})"
-        )
-    longest = int(lengths.argmax())
-    if context_length is not None and lengths[longest] > context_length:
+    config = data.config
+    form, other = recognize(data.columns(), config, tokenizer, vocab_size)
+    wanted = [*form.columns, *form.optional]
+    rows = islice(data.rows(wanted, needed=form.columns), config.max_samples)
+    limit = _limit(form, config, context_length)
+    counts, example = Counter[str](), -1
+    bar = tqdm(
+        _encoded(form, rows, config.num_proc), "tokenizing", unit=" examples", disable=not visible, file=sys.stderr,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True,
+    )  # fmt: skip
+    with _Spool(form.masked) as spool:
+        for example, encoded in enumerate(bar):
+            counts.update(encoded.notes)
+            for tokens, trained in _pieces(form, encoded, limit, config.long, counts):
+                if trained is not None and not any(trained[1:]):
+                    counts["without a token to train on"] += 1
+                else:  # the mask is about the next token, and the last row has none
+                    spool.add(tokens, None if trained is None else [*trained[1:], False], example)
+        samples = spool.samples()
+    data.check_unchanged()
+    report = _report(data, form, other, example + 1, counts, limit)
+    if not len(samples.lengths):
+        raise DataError(f"dataset.path: expected something to train on, found nothing; {report}")
+    logger.info("%s", report)
+    longest = int(samples.lengths.argmax())
+    if context_length is not None and samples.lengths[longest] > context_length:
         raise DataError(
             f"dataset.max_length: expected at most {context_length}, the teacher's context, found a sample of "
-            f"{lengths[longest]} tokens (example {encoded[longest]['source']} of {config.path})"
+            f"{samples.lengths[longest]} tokens (example {samples.source[longest]} of {data.name})"
         )
-    return Samples(lengths, encoded)
+    return samples
 
 
-def _check(config: DatasetConfig, column: str, names: list[str], tokenizer: Any) -> None:
-    """Raise DataError where the column is missing, or the tokenizer cannot encode chats."""
-    if column not in names:
-        key = "messages_column" if config.messages_column else "text_column"
-        raise DataError(
-            f"dataset.{key}: expected a column {column!r} in {config.path}, found {', '.join(names) or 'none'}"
-        )
-    if config.messages_column and not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "dataset.messages_column: the teacher's tokenizer has no chat template; use dataset.text_column"
-        )
-    if config.messages_column and not tokenizer.is_fast:
-        raise DataError(
-            "dataset.messages_column: expected a fast tokenizer, which knows where its tokens lie in a text"
-        )
+def _limit(form: Form, config: DatasetConfig, context_length: int | None) -> int | None:
+    """The most tokens that a sample may have."""
+    if config.max_length == "auto":
+        return min(TEXT_WINDOW, context_length or TEXT_WINDOW) if form.splits else context_length
+    return None if config.max_length is None else int(config.max_length)
 
 
-class _Rows:
-    """A generator function over a stream. `datasets` pickles it to hash it; the pickle leaves out the stream."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __call__(self) -> Iterator[Any]:
-        return iter(self._stream)
-
-    def __reduce__(self) -> Any:
-        return _Rows, (None,)
-
-
-class _Encoder:
-    """Turns a batch of examples into samples: tokens, source (index of the example) and, for chats, loss_mask."""
-
-    def __init__(self, tokenizer: Any, column: str, chat: bool, max_length: int | None, long: str) -> None:
-        self._tokenizer, self._column, self._chat = tokenizer, column, chat
-        self._max_length, self._long = max_length, long
-        with_specials = tokenizer("a")["input_ids"]
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._prefix = with_specials[: _find(with_specials, bare)]
-
-    def __call__(self, examples: Any, indices: list[int]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {"tokens": [], "source": []}
-        if self._chat:
-            columns["loss_mask"] = []
-        values = list(examples[self._column])
-        encoded = self._encode_chats(values, indices) if self._chat else self._encode_texts(values, indices)
-        for (tokens, from_assistant), index in zip(encoded, indices, strict=True):
-            prefix = self._prefix if tokens[: len(self._prefix)] == self._prefix else []  # not with every template
-            for window in _windows(len(tokens), self._max_length, self._long, len(prefix)):
-                repeated = prefix if window.start else []
-                columns["tokens"].append(repeated + tokens[window])
-                columns["source"].append(index)
-                if self._chat:  # the mask is about the next token, and the last row of a window has none
-                    columns["loss_mask"].append([False] * len(repeated) + from_assistant[window][1:] + [False])
-        return columns
-
-    def _encode_chats(self, chats: list[Any], indices: list[int]) -> list[tuple[list[int], list[bool]]]:
-        where = f"{self._column!r}, example"
-        return [encode_chat(self._tokenizer, chat, f"{where} {i}") for chat, i in zip(chats, indices, strict=True)]
-
-    def _encode_texts(self, texts: list[Any], indices: list[int]) -> list[tuple[list[int], list[bool]]]:
-        for text, index in zip(texts, indices, strict=True):
-            if not isinstance(text, str | None):
-                raise DataError(
-                    f"dataset.text_column: expected text in {self._column!r}, found {_show(text)} in example {index}"
-                )
-        ids = self._tokenizer([text or "" for text in texts], verbose=False)["input_ids"]
-        return [(tokens if text else [], []) for tokens, text in zip(ids, texts, strict=True)]
+def _pieces(
+    form: Form, encoded: Encoded, limit: int | None, long: str, counts: Counter[str]
+) -> Iterator[tuple[list[int], list[bool] | None]]:
+    """The samples that are made of an example. counts: what was dropped or cut is added."""
+    tokens, trained = encoded.tokens, encoded.trained
+    if not tokens:
+        counts[encoded.dropped or "empty"] += 1
+    elif limit is None or len(tokens) <= limit:
+        yield tokens, trained
+    elif long == "drop":
+        counts["too long"] += 1
+    elif form.splits and long == "split":
+        size = len(form.prefix) if tokens[: len(form.prefix)] == form.prefix else 0  # each window begins with them
+        yield tokens[:limit], trained
+        for at in range(limit, len(tokens), step := max(1, limit - size)):
+            yield tokens[:size] + tokens[at : at + step], None
+    else:
+        counts["cut"] += 1
+        counts["lost"] += len(tokens) - limit if trained is None else sum(trained[limit:])
+        yield tokens[:limit], None if trained is None else trained[:limit]
 
 
-def _windows(length: int, max_length: int | None, long: str, prefix: int) -> list[slice]:
-    """How a sequence is cut. Windows after the first leave room for `prefix` special tokens, which come before each."""
-    if not length:
-        return []
-    if max_length is None or length <= max_length:
-        return [slice(0, length)]
-    if long == "truncate":
-        return [slice(0, max_length)]
-    step = max(1, max_length - prefix)
-    return [slice(0, max_length), *(slice(at, at + step) for at in range(max_length, length, step))]
+def _report(data: Data, form: Form, other: str, examples: int, counts: Counter[str], limit: int | None) -> str:
+    """In a line: what was read and as what, what was dropped and why, what was cut."""
+    parts = [f"data: {examples:,} examples of {data.name}, read as {form.name} ({', '.join(form.columns)})"]
+    reasons = ("null", "empty", "without a token to train on", "too long")
+    if dropped := [f"{counts.pop(reason):,} {reason}" for reason in reasons if counts[reason]]:
+        parts.append(f"dropped {', '.join(dropped)}")
+    if cut := counts.pop("cut", 0):
+        parts.append(f"cut {cut:,} at {limit:,} tokens, with {counts.pop('lost'):,} tokens to train on")
+    parts += [f"{count:,} {note}" for note, count in counts.items() if note not in reasons]
+    return "; ".join([*parts, *data.notes, *([other] if other else [])])
 
 
-def _lengths(dataset: Any) -> NDArray[np.int32]:
-    """[S] int32: tokens of each sample, from the Arrow offsets, without reading a token."""
-    chunks = dataset.with_format("arrow").data.column("tokens").chunks
-    return np.concatenate(
-        [np.zeros(0, np.int32), *(pa.compute.list_value_length(chunk).to_numpy() for chunk in chunks)]
-    ).astype(np.int32)
+def _encoded(form: Form, rows: Iterator[Row], num_proc: int) -> Iterator[Encoded]:
+    """The examples' tokens, in order, from this process or from `num_proc` others."""
+    batches = _batches(rows)
+    if num_proc == 1:
+        for number, batch in enumerate(batches):
+            yield from form.encode(batch, number * _BATCH_EXAMPLES)
+        return
+    waiting: deque[Future[list[Encoded]]] = deque()
+    with ProcessPoolExecutor(num_proc, multiprocessing.get_context("fork"), _begin, (form,)) as pool:
+        with signals_blocked():
+            pool.submit(str)  # starts all processes
+        try:
+            for number, batch in enumerate(batches):
+                waiting.append(pool.submit(_work, batch, number * _BATCH_EXAMPLES))
+                if len(waiting) > 2 * num_proc:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"dataset.num_proc: one of {num_proc} processes that tokenize was killed; was there enough memory?"
+            ) from error
 
 
-def _flat(column: pa.ChunkedArray) -> NDArray[Any]:
-    return np.asarray(column.combine_chunks().flatten().to_numpy(zero_copy_only=False))
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while batch := list(islice(rows, _BATCH_EXAMPLES)):
+        yield batch
 
 
-def _find(tokens: list[int], part: list[int]) -> int:
-    """Where `part` begins in `tokens`; 0 if it is nowhere."""
-    return next((i for i in range(len(tokens)) if tokens[i : i + len(part)] == part), 0)
+_forms: list[Form] = []
 
 
-def _show(value: Any) -> str:
-    return f"{repr(value)[:40]} ({type(value).__name__})"
+def _begin(form: Form) -> None:
+    """In a process that tokenizes: take the form over; its tokenizer's threads did not survive the fork."""
+    _forms.append(form)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    obey_parent_only(0)
+
+
+def _work(rows: list[Row], first: int) -> list[Encoded]:
+    return _forms[0].encode(rows, first)

@@ -14,8 +14,11 @@ _SAMPLED_BYTES = 1 << 20
 _SAMPLED_PIECES = 64
 
 
-def digest(files: Iterable[Path]) -> str:
-    """A hash of the names and contents of files. Of a larger file: its size, and 64 evenly spaced pieces of 1 MiB."""
+def digest(files: Iterable[Path], whole: bool = False) -> str:
+    """A hash of the names and contents of files. Of a larger file: its size, and 64 evenly spaced pieces of 1 MiB.
+
+    whole: every byte of larger files too.
+    """
     total = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -23,6 +26,8 @@ def digest(files: Iterable[Path]) -> str:
         with path.open("rb") as file:
             if size <= _SAMPLED_BYTES * _SAMPLED_PIECES:
                 total.update(file.read())
+            elif whole:
+                total.update(hashlib.file_digest(file, "sha256").digest())
             else:
                 for piece in range(_SAMPLED_PIECES):
                     file.seek(piece * (size - _SAMPLED_BYTES) // (_SAMPLED_PIECES - 1))

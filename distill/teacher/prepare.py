@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from distill import __version__
 from distill.config import GenerateConfig
 from distill.data import plan
-from distill.data.dataset import identity
+from distill.data.dataset import Data
+from distill.data.dataset import find as find_data
+from distill.data.show import marked
 from distill.data.tokenize import Samples, tokenize
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.board import Board
@@ -70,7 +72,8 @@ def plan_job(
     check_settings(config, source)
     free = min(int(board.wait(f"free memory of {rank}")) for rank in range(grid.world_size))
     placement = _place(config, grid, needs, free, device)
-    fingerprint = fingerprint_of(config, source, needs)
+    data = find_data(config.dataset)
+    fingerprint = fingerprint_of(config, source, needs, data)
     store = find_store(config, fingerprint)
     if store is not None and store.complete:
         board.note("job", "null")
@@ -80,7 +83,7 @@ def plan_job(
     logger.info("teacher: %s, %s, on %s", config.teacher.model, needs.dtype_name, device)
     logger.info("parallel: %s; %s", placement.describe(grid), arithmetic(needs, free, placement))
     (Path(config.log_dir) / "config.yaml").write_text(to_yaml(config))
-    store = store or plan_store(config, source, needs, fingerprint)
+    store = store or plan_store(config, source, needs, data, fingerprint)
     # Worker 0 reads the commits for all. A worker that read them later would find fewer missing, and deal others.
     job = Job(placement, store, store.missing_blocks())
     board.note("job", json.dumps([astuple(placement), job.missing]))
@@ -102,23 +105,28 @@ def preview(config: GenerateConfig, grid: Grid, arguments: Sequence[str]) -> str
     check_settings(config, source)
     free = free_bytes(device, grid.local_world_size)
     placement = _place(config, grid, needs, free, device)
-    _, _, layout = lay_out(config, source)
+    samples, _, layout = lay_out(config, source, find_data(config.dataset))
+    first = samples.take(np.array([0]))
     tokens = int(layout.lengths.sum(dtype=np.int64))
     fewest, rest = divmod(layout.num_blocks, grid.sharded(placement.workers).num_replicas)
     share = f"{fewest} or {fewest + 1}" if rest else fewest
     size = expected_bytes(tokens, config.capture.k, needs.vocab_size, len(config.capture.temperatures))
+    shown = marked(source.tokenizer, first["tokens"], first.get("loss_mask"))
     command = ["torchrun", f"--nproc_per_node={grid.local_world_size}", "-m", "distill.generate", *arguments]
-    return table(
-        {
-            "teacher": f"{config.teacher.model} ({needs.architecture}, {needs.dtype_name}) on {device.type}",
-            "memory": arithmetic(needs, free, placement),
-            "parallel": placement.describe(grid),
-            "samples": f"{len(layout.lengths):,}",
-            "tokens": f"{tokens:,}",
-            "blocks": f"{layout.num_blocks:,} of {layout.block_rows:,} rows, {share} a replica",
-            "store": f"about {human(size)}, {size / tokens:.0f} bytes/token",
-            "next": shlex.join(command),
-        }
+    return (
+        table(
+            {
+                "teacher": f"{config.teacher.model} ({needs.architecture}, {needs.dtype_name}) on {device.type}",
+                "memory": arithmetic(needs, free, placement),
+                "parallel": placement.describe(grid),
+                "samples": f"{len(layout.lengths):,}",
+                "tokens": f"{tokens:,}",
+                "blocks": f"{layout.num_blocks:,} of {layout.block_rows:,} rows, {share} a replica",
+                "store": f"about {human(size)}, {size / tokens:.0f} bytes/token",
+                "next": shlex.join(command),
+            }
+        )
+        + f"\n\nthe first sample, «what is trained on»:\n{shown}"
     )
 
 
@@ -127,18 +135,19 @@ def _place(config: GenerateConfig, grid: Grid, needs: Needs, free: int, device: 
     return decide(config.parallel, needs, free, grid, devices)
 
 
-def fingerprint_of(config: GenerateConfig, source: Source, needs: Needs) -> dict[str, Any]:
+def fingerprint_of(config: GenerateConfig, source: Source, needs: Needs, data: Data) -> dict[str, Any]:
     """The settings and the contents of files that determine the store's bytes, as a flat mapping."""
     settings: dict[str, Any] = {
         "teacher.dtype": needs.dtype_name,
         "teacher.attn_implementation": config.teacher.attn_implementation,
         **source.fingerprint,
-        **identity(config.dataset, ours=[config.store.path, config.log_dir]),
+        **data.identity,
         "batch.max_tokens": config.batch.max_tokens,
         "store.block_rows": config.store.block_rows,
         "store.codec": config.store.codec,
     }
-    for section, left_out in (("dataset", {"path", "data_files", "num_proc"}), ("capture", set())):
+    outside = {"path", "data_files", "num_proc", "chat_template"}  # their contents are in data.identity
+    for section, left_out in (("dataset", outside), ("capture", set())):
         values = vars(getattr(config, section))
         settings |= {f"{section}.{key}": value for key, value in values.items() if key not in left_out}
     return settings
@@ -151,7 +160,7 @@ def check_settings(config: GenerateConfig, source: Source) -> None:
             f"capture.k: expected at most {source.vocab_size}, the teacher's vocabulary, found {config.capture.k}"
         )
     length, context = config.dataset.max_length, source.context_length
-    if length is not None and context is not None and length > context:
+    if isinstance(length, int) and context is not None and length > context:
         raise ConfigError(f"dataset.max_length: expected at most {context}, the teacher's context, found {length}")
 
 
@@ -180,12 +189,12 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableS
     return store
 
 
-def lay_out(config: GenerateConfig, source: Source) -> tuple[Samples, NDArray[np.int64], plan.Plan]:
+def lay_out(config: GenerateConfig, source: Source, data: Data) -> tuple[Samples, NDArray[np.int64], plan.Plan]:
     """Tokenize the dataset and place the samples: returns the samples, the order in which they lie, and where.
 
     Raises DataError as `tokenize` does, TeacherError where the tokenizer has ids that the model lacks.
     """
-    samples = tokenize(config.dataset, source.tokenizer, source.context_length)
+    samples = tokenize(data, source.tokenizer, source.context_length, source.vocab_size)
     if samples.largest_token >= source.vocab_size:
         raise TeacherError(
             f"teacher.model: expected token ids below {source.vocab_size}, the model's vocabulary, found "
@@ -197,9 +206,11 @@ def lay_out(config: GenerateConfig, source: Source) -> tuple[Samples, NDArray[np
     return samples, order, plan.lay_out(lengths, rows if isinstance(rows, int) else plan.auto_block_rows(lengths))
 
 
-def plan_store(config: GenerateConfig, source: Source, needs: Needs, fingerprint: dict[str, Any]) -> WritableStore:
+def plan_store(
+    config: GenerateConfig, source: Source, needs: Needs, data: Data, fingerprint: dict[str, Any]
+) -> WritableStore:
     """Tokenize the dataset, place the samples, and create the store with its tokens."""
-    samples, order, layout = lay_out(config, source)
+    samples, order, layout = lay_out(config, source, data)
     num_samples, num_tokens = len(layout.lengths), int(layout.lengths.sum(dtype=np.int64))
     versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
     store = WritableStore.create(

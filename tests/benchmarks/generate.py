@@ -29,6 +29,7 @@ import torch
 import transformers
 
 from distill.config import GenerateConfig
+from distill.data.dataset import find
 from distill.data.plan import Plan
 from distill.run.board import Board, store_of
 from distill.run.device import pick_device
@@ -105,7 +106,7 @@ def main(arguments: list[str]) -> None:
     scratch = Path(tempfile.mkdtemp())
     at_scratch = replace(config, store=replace(config.store, path=str(scratch / "planned.zarr")))
     needs = Needs.of(source, dtype, config.batch.max_tokens, slice_bytes(device))
-    planned = prepare.plan_store(at_scratch, source, needs, {})
+    planned = prepare.plan_store(at_scratch, source, needs, find(config.dataset), {})
     num_tokens = planned.attributes["num_tokens"]
     print(f"{num_tokens:,} tokens, {dtype} on {device}, torch {torch.__version__}, one CPU thread")
 

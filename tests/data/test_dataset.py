@@ -1,233 +1,248 @@
+"""What is read of a dataset: every form of file, and exactly what was hashed."""
+
+import bz2
+import gzip
 import json
+import lzma
+import os
+import shutil
+from collections.abc import Callable
 
 import datasets
-import numpy as np
+import pyarrow as pa
 import pytest
 
 from distill.config import GenerateConfig
-from distill.data.dataset import identity
-from distill.data.tokenize import tokenize
+from distill.data.dataset import find
 from distill.errors import DataError
 from distill.settings import load
-from tests.support import make_tokenizer
+from tests.data.support import decoded, run, write
+from tests.support import generate, save_model
 
-TEXTS = ["abc", "", "hello world", "x" * 25, None]
-
-
-def run(*arguments, tokenizer=None, context=None):
-    return tokenize(load(GenerateConfig, arguments).dataset, tokenizer or make_tokenizer(), context)
+TEXTS = ["abc", "", "hello world", "x" * 25, None, "null"]
+EXPECTED = [(0, "abc"), (2, "hello world"), (3, "x" * 25), (5, "null")]
 
 
-def decoded(samples, tokenizer=None):
-    """Each sample's source and text."""
-    tokenizer = tokenizer or make_tokenizer()
-    found = [samples.take(np.array([i])) for i in range(len(samples.lengths))]
-    return [(int(sample["source"][0]), tokenizer.decode(sample["tokens"])) for sample in found]
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(data, asbytes=True))
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 
 
 @pytest.fixture
 def sources(tmp_path):
     """The same texts in every form that can be read."""
     rows = [{"text": text, "other": 1} for text in TEXTS]
-    write(tmp_path / "x.jsonl", rows)
-    write(tmp_path / "x.json", rows)
-    table = datasets.Dataset.from_list(rows)
-    table.to_parquet(tmp_path / "x.parquet")
-    table.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "splits")
-    (tmp_path / "folder").mkdir()
+    lines = write(tmp_path / "x.jsonl", rows).read_bytes()
+    (tmp_path / "lines.json").write_bytes(lines)
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": rows}))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    for name, compress in COMPRESS.items():
+        half = len(lines) // 2  # in two pieces, as tools that compress in parallel write them
+        (tmp_path / f"x.jsonl{name}").write_bytes(compress(lines[:half]) + compress(lines[half:]))
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(lines))
+    table = "text,other\n" + "".join(f"{'' if text is None else text},1\n" for text in TEXTS)
+    (tmp_path / "x.csv").write_text(table)
+    (tmp_path / "x.tsv").write_text(table.replace(",", "\t"))
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(text or "" for text in TEXTS).encode())
+    saved = datasets.Dataset.from_list(rows)
+    saved.to_parquet(tmp_path / "x.parquet")
+    saved.save_to_disk(tmp_path / "saved")
+    shutil.copy(next((tmp_path / "saved").glob("*.arrow")), tmp_path / "x.arrow")
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "splits")
+    for folder in ("folder", "halves", "named"):
+        (tmp_path / folder).mkdir()
     write(tmp_path / "folder" / "x.jsonl", rows)
+    write(tmp_path / "halves" / "1.jsonl", rows[:3])
+    (tmp_path / "halves" / "2.txt").write_text("\n".join(text or "" for text in TEXTS[3:]))
+    write(tmp_path / "named" / "train-0.jsonl", rows)
+    write(tmp_path / "named" / "test-0.jsonl", rows[:1])
+    write(tmp_path / "named" / "extra.jsonl", rows[:1])
     return tmp_path
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "saved", "splits", "folder"])
-def test_every_source_gives_the_same_samples(sources, name, streaming):
-    samples = run(f"dataset.path={sources / name}", f"dataset.streaming={streaming}")
-    assert decoded(samples) == [(0, "abc"), (2, "hello world"), (3, "x" * 25)]
-    assert samples.lengths.tolist() == [3, 11, 25]
+ONE_FILE = ["x.jsonl", "lines.json", "list.json", "object.json", "bom.jsonl", "x.jsonl.gz", "x.jsonl.bz2", "x.jsonl.xz"]
+ONE_FILE += ["x.jsonl.zst", "x.json.gz", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.arrow"]
+FORMS = [*ONE_FILE, "saved", "splits", "folder", "halves", "named", "hal*/*"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_source_gives_the_same_samples(sources, name, monkeypatch):
+    """No library's cache is read or written, be it read-only or full."""
+    for variable in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(variable, "/proc/nowhere")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")
+    samples = run(f"dataset.path={sources / name}")
+    assert decoded(samples) == EXPECTED
     assert not samples.has_loss_mask
 
 
-def test_text_files_builders_and_splits(sources):
-    (sources / "x.txt").write_text("one\n\ntwo\n")
-    assert decoded(run(f"dataset.path={sources / 'x.txt'}")) == [(0, "one"), (2, "two")]
-    assert len(run("dataset.path=json", f"dataset.data_files={sources / 'x.jsonl'}").lengths) == 3
-    assert len(run(f"dataset.path={sources / 'splits'}", "dataset.split=test").lengths) == 1
-    with pytest.raises(DataError, match="expected train or test, found validation"):
-        run(f"dataset.path={sources / 'splits'}", "dataset.split=validation")
+@pytest.mark.parametrize("name", FORMS)
+def test_a_file_that_was_replaced_is_read_anew(sources, name):
+    """tar, cp -p, rsync -t, DVC and container layers keep the time of modification."""
+    path = f"dataset.path={sources / name}"
+    for file in [entry for entry in sources.rglob("*") if entry.is_file()]:
+        os.utime(file, (1, 1))
+    before = find(load(GenerateConfig, [path]).dataset).identity
+    assert decoded(run(path)) == EXPECTED
+    other = [{"text": (text or "").upper(), "other": 1} for text in TEXTS]
+    for file in [entry for entry in sources.rglob("*") if entry.is_file()]:
+        content = file.read_bytes()
+        if file.suffix == ".arrow":
+            content = content.replace(b"abc", b"ABC").replace(b"hello world", b"HELLO WORLD")
+            content = content.replace(b"x" * 25, b"X" * 25).replace(b"nullnull", b"null")
+        elif file.suffix == ".parquet":
+            datasets.Dataset.from_list(other).to_parquet(file)
+            content = file.read_bytes()
+        elif file.suffix in COMPRESS:
+            plain = (sources / "x.jsonl").read_bytes().lower().replace(b"abc", b"ABC").replace(b"x" * 25, b"X" * 25)
+            content = COMPRESS[file.suffix](plain.replace(b"hello world", b"HELLO WORLD"))
+        elif file.suffix != ".json" or file.parent == sources:
+            content = content.replace(b"abc", b"ABC").replace(b"hello world", b"HELLO WORLD")
+            content = content.replace(b"x" * 25, b"X" * 25)
+        file.unlink()
+        file.write_bytes(content)
+        os.utime(file, (1, 1))
+    assert find(load(GenerateConfig, [path]).dataset).identity != before
+    assert [(i, text.upper()) for i, text in decoded(run(path))] == [(i, text.upper()) for i, text in EXPECTED]
+    assert decoded(run(path))[0] == (0, "ABC")
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_windows_truncation_and_limits(sources, streaming):
-    path = f"dataset.path={sources / 'x.jsonl'}"
-    stream = f"dataset.streaming={streaming}"
-    assert decoded(run(path, stream, "dataset.max_length=10"))[-3:] == [(3, "x" * 10), (3, "x" * 10), (3, "x" * 5)]
-    assert decoded(run(path, stream, "dataset.max_length=10", "dataset.long=truncate"))[-1] == (3, "x" * 10)
-    assert decoded(run(path, stream, "dataset.max_samples=3")) == [(0, "abc"), (2, "hello world")]
-    with pytest.raises(
-        DataError, match=r"at most 20, the teacher's context, found a sample of 25 tokens \(example 3 of"
-    ):
-        run(path, stream, context=20)
-
-
-def test_every_window_begins_with_the_tokenizers_own_special_tokens(sources):
-    tokenizer = make_tokenizer(bos=True)
-    samples = run(f"dataset.path={sources / 'x.jsonl'}", "dataset.max_length=10", tokenizer=tokenizer)
-    assert decoded(samples, tokenizer)[-3:] == [(3, "<s>" + "x" * 9), (3, "<s>" + "x" * 9), (3, "<s>" + "x" * 7)]
-    assert samples.lengths.max() == 10
-
-
-CHAT = [
-    {"role": "user", "content": "hi yo"},
-    {"role": "assistant", "content": "yo"},
-    {"role": "user", "content": "yo"},
-    {"role": "assistant", "content": "hi yo"},
-]
-
-
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_the_loss_mask_marks_what_the_assistant_says_next(tmp_path, streaming):
-    path = write(tmp_path / "x.jsonl", [{"messages": CHAT}, {"messages": []}, {"messages": CHAT[:1]}])
-    tokenizer = make_tokenizer(chat=True)
-    samples = run(
-        f"dataset.path={path}",
-        "dataset.messages_column=messages",
-        f"dataset.streaming={streaming}",
-        tokenizer=tokenizer,
-    )
-    assert len(samples.lengths) == 2
-    first = samples.take(np.array([0]))
-    tokens, mask = first["tokens"], first["loss_mask"]
-    assert mask.dtype == bool
-    expected = "<|user|>hi yo<|end|><|assistant|>yo<|end|><|user|>yo<|end|><|assistant|>hi yo<|end|>"
-    assert tokenizer.decode(tokens) == expected
-    learned = [tokenizer.decode([tokens[i + 1]]) for i in range(len(tokens) - 1) if mask[i]]
-    assert "".join(learned) == "yo<|end|>hi yo<|end|>"
-    assert not mask[-1]
-    assert not samples.take(np.array([1]))["loss_mask"].any()
-
-
-def test_chats_that_templates_rewrite(tmp_path):
-    """A template that trims, and shows only the last turn's reasoning, as Qwen3's does."""
-    tokenizer = make_tokenizer(chat=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>"
-        "{{ m['content'].split('</think>')[-1].strip() if not loop.last else m['content'].strip() }}<|end|>{% endfor %}"
-    )
-    chat = [dict(turn) for turn in CHAT]
-    chat[1]["content"] = "<think>hm</think> one "
-    chat[3]["content"] = "<think>ho</think> two "
-    path = write(tmp_path / "x.jsonl", [{"messages": chat}])
-    samples = run(f"dataset.path={path}", "dataset.messages_column=messages", tokenizer=tokenizer)
-    found = samples.take(np.array([0]))
-    learned = [tokenizer.decode([t]) for t, m in zip(found["tokens"][1:], found["loss_mask"][:-1], strict=True) if m]
-    assert "".join(learned) == "one<|end|><think>ho</think> two<|end|>"
-
-
-def learned_from(tokenizer, chat, tmp_path):
-    """The text that a student of this chat learns to say."""
-    path = write(tmp_path / "x.jsonl", [{"messages": chat}])
-    samples = run(f"dataset.path={path}", "dataset.messages_column=messages", tokenizer=tokenizer)
-    found = samples.take(np.array([0]))
-    return "".join(
-        tokenizer.decode([token])
-        for token, mask in zip(found["tokens"][1:], found["loss_mask"][:-1], strict=True)
-        if mask
-    )
-
-
-def test_end_of_turn_tokens_that_are_not_declared_as_special(tmp_path):
-    tokenizer = make_tokenizer(chat=True, declared=False)
-    assert tokenizer.convert_tokens_to_ids("<|end|>") not in tokenizer.all_special_ids
-    assert learned_from(tokenizer, CHAT, tmp_path) == "yo<|end|>hi yo<|end|>"
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", " <|end|>")  # a blank before it
-    assert learned_from(tokenizer, CHAT, tmp_path) == "yo <|end|>hi yo <|end|>"
-
-
-def test_tool_calls_and_empty_turns(tmp_path):
-    tokenizer = make_tokenizer(chat=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] or '' }}"
-        "{% if m['tool_calls'] %}call:{{ m['tool_calls'] }}{% endif %}<|end|>{% endfor %}"
-    )
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok ", "tool_calls": "f(x)"}]
-    assert learned_from(tokenizer, chat, tmp_path) == "ok call:f(x)<|end|>"
-    chat[1]["content"] = ""
-    assert learned_from(tokenizer, chat, tmp_path) == "call:f(x)<|end|>"
-    chat[1]["tool_calls"] = ""
-    assert learned_from(tokenizer, chat, tmp_path) == "<|end|>"
-
-
-def test_templates_that_mark_the_assistants_words(tmp_path):
-    tokenizer = make_tokenizer(chat=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
-        "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
-    )
-    assert learned_from(tokenizer, CHAT, tmp_path) == "yo<|end|>hi yo<|end|>"
-
-
-def test_later_windows_of_a_chat_begin_as_the_first_does(tmp_path):
-    tokenizer = make_tokenizer(chat=True, bos=True)
-    tokenizer.chat_template = "<s>" + tokenizer.chat_template
-    path = write(tmp_path / "x.jsonl", [{"messages": CHAT}])
-    arguments = [f"dataset.path={path}", "dataset.messages_column=messages", "dataset.max_length=10"]
-    samples = run(*arguments, tokenizer=tokenizer)
-    windows = [samples.take(np.array([i])) for i in range(len(samples.lengths))]
-    assert len(windows) == 3
-    for window in windows:
-        assert tokenizer.decode(window["tokens"]).startswith("<s>")
-        assert len(window["tokens"]) == len(window["loss_mask"]) <= 10
-        assert not window["loss_mask"][-1]
-    assert not windows[1]["loss_mask"][0]
-
-
-@pytest.mark.parametrize("streaming", ["false", "true"])
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a"}\n{"text": 5}\n', None),
-        ('{"text": [5]}\n', "expected text in 'text', found"),
-        ('{"text": "a"}\n{"text\n', "cannot load"),
-        ("", "cannot load|found no rows"),
-    ],
-)
-def test_bad_files_are_data_errors(tmp_path, content, message, streaming):
-    (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(DataError, match=message):
-        run(f"dataset.path={tmp_path / 'x.jsonl'}", f"dataset.streaming={streaming}")
-
-
-@pytest.mark.parametrize("messages", ["hello", [{"content": "no role"}], [1]])
-def test_what_is_no_chat_is_refused(tmp_path, messages):
-    path = write(tmp_path / "x.jsonl", [{"messages": messages}])
-    with pytest.raises(DataError, match=r"expected a list of \{role, content\} in 'messages', example 0, found"):
-        run(f"dataset.path={path}", "dataset.messages_column=messages", tokenizer=make_tokenizer(chat=True))
+def test_a_file_that_changes_between_hashing_and_reading_is_refused(sources):
+    config = load(GenerateConfig, [f"dataset.path={sources / 'x.jsonl'}"]).dataset
+    data = find(config)
+    times = (sources / "x.jsonl").stat()
+    assert data.identity
+    content = (sources / "x.jsonl").read_text()
+    (sources / "x.jsonl").write_text(content.replace("abc", "abd"))
+    os.utime(sources / "x.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert list(data.rows())
+    with pytest.raises(DataError, match=r"x\.jsonl changed while it was read"):
+        data.check_unchanged()
 
 
 def test_identity_follows_the_content(sources):
     def of(*arguments):
-        return identity(load(GenerateConfig, arguments).dataset, ours=[str(sources / "out")])
+        return find(load(GenerateConfig, arguments).dataset).identity
 
     before = of(f"dataset.path={sources / 'x.jsonl'}")
     assert before == of(f"dataset.path={sources / 'folder' / 'x.jsonl'}")  # wherever it is
+    assert before == of("dataset.path=json", f"dataset.data_files={sources / 'x.jsonl'}")
+    assert before == of(f"dataset.data_files=[{sources / 'x.jsonl'}]")
     (sources / "x.jsonl").write_text((sources / "x.jsonl").read_text().replace("abc", "abd"))
     assert before != of(f"dataset.path={sources / 'x.jsonl'}")
     assert of("dataset.path=some/hub-id")["dataset.remote"] == ["some/hub-id"]
     assert of("dataset.path=some/hub-id", "dataset.data_files=a*")["dataset.remote"] == ["some/hub-id", "a*"]
-    before = of(f"dataset.path={sources}")
-    (sources / "out").mkdir()
-    (sources / "out" / "x.jsonl").write_text("a run's own output")
-    assert before == of(f"dataset.path={sources}")
-    files = of("dataset.path=json", f"dataset.data_files={sources}/*.jsonl")
-    assert (
-        files["dataset.content"]
-        == of("dataset.path=json", f"dataset.data_files=[{sources / 'x.jsonl'}]")["dataset.content"]
+    before = of(f"dataset.path={sources / 'folder'}")
+    (sources / "folder" / "mine.zarr").mkdir()
+    (sources / "folder" / "mine.zarr" / "zarr.json").write_text("{}")  # a run's own store in the folder is no data
+    assert before == of(f"dataset.path={sources / 'folder'}")
+    template = sources / "t.jinja"
+    template.write_text("a")
+    before = of(f"dataset.chat_template={template}")
+    template.write_text("b")
+    assert before != of(f"dataset.chat_template={template}")
+
+
+def test_large_files_are_hashed_to_the_last_byte(tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_bytes(b"x" * (65 << 20))
+    before = find(load(GenerateConfig, [f"dataset.path={file}"]).dataset).identity
+    with file.open("r+b") as opened:
+        opened.seek(1_050_000)  # between two pieces that a sample of the file would have
+        opened.write(b"y")
+    assert before != find(load(GenerateConfig, [f"dataset.path={file}"]).dataset).identity
+
+
+def test_splits_globs_and_what_names_leave_out(sources, caplog):
+    assert len(run(f"dataset.path={sources / 'splits'}", "dataset.split=test").lengths) == 1
+    assert len(run(f"dataset.path={sources / 'named'}", "dataset.split=test").lengths) == 1
+    run(f"dataset.path={sources / 'named'}")
+    assert "did not read extra.jsonl" in caplog.text
+    assert len(run(f"dataset.path={sources / 'named'}", "dataset.data_files=[extra.jsonl,te*]").lengths) == 2
+    assert len(run(f"dataset.path={sources / 'named'}/te*.jsonl").lengths) == 1
+    for name in ("splits", "named"):
+        with pytest.raises(DataError, match=r"dataset\.split: expected .*train.*, found validation"):
+            run(f"dataset.path={sources / name}", "dataset.split=validation")
+    with pytest.raises(DataError, match=r"dataset\.split: expected train, .* found test"):
+        run(f"dataset.path={sources / 'x.jsonl'}", "dataset.split=test")
+    (sources / "named" / "both.json").write_text('{"train": [{"text": "a"}], "test": [{"text": "bc"}]}')
+    assert decoded(run(f"dataset.path={sources / 'named' / 'both.json'}", "dataset.split=test")) == [(0, "bc")]
+    (sources / "named" / "both.json").unlink()
+    (sources / "named" / "train-0.jsonl").unlink()  # one split is left
+    assert len(run(f"dataset.path={sources / 'named'}").lengths) == 1
+    assert "took the only split, test" in caplog.text
+    card = sources / "folder" / "README.md"
+    write(sources / "folder" / "y.jsonl", [{"text": "why"}])
+    card.write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: x.jsonl\n- config_name: b\n  data_files: y.jsonl\n---\n"
     )
+    assert decoded(run(f"dataset.path={sources / 'folder'}", "dataset.name=a")) == EXPECTED
+    assert decoded(run(f"dataset.path={sources / 'folder'}", "dataset.name=b")) == [(0, "why")]
+
+
+BAD: dict[str, tuple[str, str | bytes, str]] = {
+    "broken line": ("x.jsonl", '{"text": "a"}\n{"text\n', r"x\.jsonl line 2: expected JSON"),
+    "no object": ("x.jsonl", '{"text": "a"}\n[1]\n', r"x\.jsonl line 2: expected an object"),
+    "empty": ("x.jsonl", "", "found no rows"),
+    "number": ("x.jsonl", '{"text": "a"}\n{"text": 5}\n', "'text' of example 1, found 5"),
+    "a list": ("x.jsonl", '{"text": [5]}\n', "expected text in 'text' of example 0, found"),
+    "half a character": ("x.jsonl", '{"text": "a"}\n{"text": "b\\ud83d"}', "of example 1, found half of"),
+    "no list": ("x.json", '{"a": 1,\n "b": 2}', "expected a list of objects in its object, found none"),
+    "two lists": ("x.json", '{"a": [{"text": "x"}], "b": [{"text": "y"}]}', "found a and b"),
+    "cut short": ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-20], r"cannot read .*x\.jsonl\.gz"),
+    "not compressed": ("x.jsonl.zst", b"text", r"cannot read .*x\.jsonl\.zst"),
+    "another encoding": ("x.txt", "é".encode("latin-1"), r"x\.txt: expected UTF-8"),
+    "too many fields": ("x.csv", "text,b\na,b,c\n", r"x\.csv line 2: expected 2 fields, found 3"),
+    "an open quote": ("x.csv", 'text,b\n"a,b\nc,d\n', r"x\.csv line 1: unexpected end of data"),
+    "no form": ("x.jsonl", '{"a": 1, "b": 2}', "expected columns as in docs/data.md .* found a, b"),
+    "not a file of data": ("x.png", "x", "expected files named .jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_with_the_line(tmp_path, name):
+    file, content, message = BAD[name]
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        run(f"dataset.path={tmp_path / file}")
+
+
+def test_words_that_pandas_takes_for_nothing_are_text(tmp_path):
+    words = ["NA", "None", "null", "nan", "N/A", "NaN", "1e5", "007"]
+    (tmp_path / "x.csv").write_text("text\n" + "\n".join(words))
+    assert [text for _, text in decoded(run(f"dataset.path={tmp_path / 'x.csv'}"))] == words
+
+
+def test_a_column_that_is_not_used_may_be_anything(tmp_path):
+    rows = [{"text": "a", "other": 1}] * 3000 + [{"text": "b", "other": {"c": "d"}}, {"text": "e"}]
+    path = write(tmp_path / "x.jsonl", rows)
+    assert len(run(f"dataset.path={path}").lengths) == 3002
+
+
+def test_files_of_one_folder_must_be_alike(tmp_path):
+    write(tmp_path / "1.jsonl", [{"messages": []}])
+    (tmp_path / "LICENSE.txt").write_text("free")
+    with pytest.raises(DataError, match=r"expected a column messages in .*LICENSE\.txt, as in .*dataset\.data_files"):
+        list(find(load(GenerateConfig, [f"dataset.path={tmp_path}"]).dataset).rows(["messages"], needed=["messages"]))
+
+
+def test_a_run_writes_nothing_beside_the_data(sources, tmp_path_factory):
+    """Neither into the folder of the data nor into a cache; with HOME unset, too."""
+    folder = tmp_path_factory.mktemp("run")
+    model = save_model("llama", folder / "model")
+    before = sorted(map(str, sources.rglob("*")))
+    arguments = [f"teacher.model={model}", f"dataset.path={sources / 'saved'}", "capture.k=4", "store.path=x.zarr"]
+    ran = generate(folder, *arguments, HOME="/", HF_HOME="/proc/nowhere", TMPDIR=str(folder))
+    assert ran.returncode == 0, ran.stderr
+    assert before == sorted(map(str, sources.rglob("*")))
+    assert sorted(entry.name for entry in folder.iterdir()) == ["logs", "model", "x.zarr"]
+    assert "6 examples" in ran.stderr
+    assert "dropped 1 null, 1 empty" in ran.stderr

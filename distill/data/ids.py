@@ -1,0 +1,93 @@
+"""Examples that are tokens already: ids are used as they are, never decoded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from distill.config import DatasetConfig
+from distill.data.files import Row
+from distill.data.form import Encoded, Form, empty
+from distill.data.messages import show
+from distill.errors import DataError
+
+
+class Tokens(Form):
+    """Token ids, which are used as they are; with a mask or labels, or with a prompt's ids apart."""
+
+    name = "tokens"
+    columns: tuple[str, ...] = ("input_ids",)
+    masks = ("loss_mask", "completion_mask", "assistant_masks", "labels", "prompt_length")
+
+    def __init__(self, config: DatasetConfig, tokenizer: Any, columns: Sequence[str], vocab_size: int | None) -> None:
+        super().__init__(config, tokenizer)
+        self._vocab_size = vocab_size
+        self._apart = "input_ids" not in columns
+        self.columns = ("prompt_ids", "completion_ids") if self._apart else ("input_ids",)
+        found = [] if self._apart else [name for name in self.masks if name in columns]
+        self._mask = found[0] if found else None
+        self.unused = found[1:]
+        self.masked = self._apart or self._mask is not None
+        self.splits = not self.masked
+        self.optional = () if self._apart else ("attention_mask", *found[:1])
+
+    def _encode(self, row: Row, where: str) -> Encoded:
+        if self._apart:
+            asked, answered = (self._ids(row, name, where) for name in self.columns)
+            if not answered:
+                return Encoded([], dropped=empty(row, self.columns))
+            return Encoded(asked + answered, [False] * len(asked) + [True] * len(answered))
+        ids = self._ids(row, "input_ids", where)
+        if not ids:
+            return Encoded([], dropped=empty(row, self.columns))
+        trained = self._trained(row, ids, where) if self._mask else None
+        attended = row.get("attention_mask")
+        if attended is not None and not all(attended):  # padding, which is at one end
+            self._expect_length(attended, ids, "attention_mask", where)
+            there = [i for i, one in enumerate(attended) if one]
+            kept = slice(there[0], there[-1] + 1) if there else slice(0)
+            if len(there) != len(attended[kept]):
+                raise DataError(f"dataset: expected an attention_mask of ones between padding in {where}, found others")
+            ids, trained = ids[kept], trained[kept] if trained else None
+            if not ids:
+                return Encoded([], dropped="empty")
+        return Encoded(ids, trained)
+
+    def _ids(self, row: Row, column: str, where: str) -> list[int]:
+        ids = row.get(column)
+        if ids is None:
+            return []
+        if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+            raise DataError(f"dataset: expected a list of token ids in {column!r} of {where}, found {show(ids)}")
+        bad = [i for i in ids if i < 0 or (self._vocab_size is not None and i >= self._vocab_size)]
+        if bad:
+            limit = f"below {self._vocab_size:,}, the teacher's vocabulary" if self._vocab_size else "of 0 or more"
+            raise DataError(f"dataset: expected token ids {limit} in {column!r} of {where}, found {bad[0]}")
+        return ids
+
+    def _trained(self, row: Row, ids: list[int], where: str) -> list[bool]:
+        """Which tokens are trained on. A mask and labels are about the token that they stand at, not the next one."""
+        name, found = str(self._mask), row.get(str(self._mask))
+        if name == "prompt_length":
+            if type(found) is not int or not 0 <= found <= len(ids):
+                raise DataError(f"dataset: expected a prompt_length of 0 to {len(ids)} in {where}, found {show(found)}")
+            return [i >= found for i in range(len(ids))]
+        if found is None:
+            raise DataError(f"dataset: expected a list in {name!r} of {where}, found null")
+        self._expect_length(found, ids, name, where)
+        if name == "labels":
+            wrong = next((i for i in range(len(ids)) if found[i] not in (-100, ids[i])), None)
+            if wrong is not None:
+                raise DataError(
+                    f"dataset: expected labels that are input_ids or -100, found {found[wrong]} beside {ids[wrong]} at "
+                    f"position {wrong} of {where}; labels are not shifted"
+                )
+            return [label != -100 for label in found]
+        if any(one not in (0, 1) for one in found):
+            raise DataError(f"dataset: expected zeros and ones in {name!r} of {where}, found {show(found)}")
+        return [bool(one) for one in found]
+
+    def _expect_length(self, found: Any, ids: list[int], name: str, where: str) -> None:
+        if not isinstance(found, list) or len(found) != len(ids):
+            size = len(found) if isinstance(found, list) else show(found)
+            raise DataError(
+                f"dataset: expected {len(ids)} entries in {name!r} of {where}, as in input_ids, found {size}"
+            )

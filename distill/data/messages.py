@@ -1,0 +1,125 @@
+"""Chat messages as users have them, in the one form that chat templates expect: a list of {role, content, ...}."""
+
+import json
+from typing import Any
+
+from distill.errors import DataError
+
+Message = dict[str, Any]
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+_OF_SHAREGPT = {*_ROLES, "user", "assistant", "system", "developer", "tool"}
+
+
+def normalize(messages: Any, where: str) -> list[Message]:
+    """Messages with the roles user, assistant, system, tool or a template's own, and with text as content.
+
+    messages: a list of {role, content} or of ShareGPT's {from, value}; one may be a single message. Parts of text are
+    joined, entries that are null are left out, and a tool call's arguments become a mapping if they are its JSON.
+    where: names the chat in error messages. Raises DataError for everything else.
+    """
+    if isinstance(messages, dict):
+        messages = [messages]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"dataset: expected a list of {{role, content}} in {where}, found {show(messages)}")
+    return [_normal(message, f"{where}, message {i}") for i, message in enumerate(messages)]
+
+
+def parsed(value: Any, kind: type, what: str, where: str) -> Any:
+    """A list or a mapping, or its JSON as text; None for null or nothing. Raises DataError for everything else."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{what}: expected JSON in {where}, found {show(value)}") from error
+    if not value:
+        return None
+    if not isinstance(value, kind):
+        raise DataError(f"{what}: expected a {kind.__name__} in {where}, found {show(value)}")
+    return value
+
+
+def in_parts(messages: list[Message]) -> list[Message]:
+    """The same messages with each text as a list of one part, which some templates want."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def with_contents(messages: list[Message]) -> list[Message]:
+    """The same messages with an empty content where there is none, which some templates want."""
+    return [{"content": "", **message} for message in messages]
+
+
+def show(value: Any) -> str:
+    """The beginning of a value, and its type."""
+    return f"{repr(value)[:40]} ({type(value).__name__})"
+
+
+def _normal(message: Message, where: str) -> Message:
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.pop("role", None) or message.pop("from", None)
+    if "content" not in message and "value" in message:
+        if str(role).lower() not in _OF_SHAREGPT:
+            raise DataError(f"dataset: expected a role of {', '.join(sorted(_OF_SHAREGPT))} in {where}, found {role!r}")
+        message["content"] = message.pop("value")
+    if not isinstance(role, str):
+        raise DataError(f"dataset: expected a list of {{role, content}}, found no role in {where}: {show(message)}")
+    if role.lower() == "function_call":
+        message["tool_calls"] = [{"type": "function", "function": _call(message.pop("content", None), where)}]
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(_words(part, where) for part in message["content"])
+    if isinstance(calls := message.get("tool_calls"), list):
+        message["tool_calls"] = [_with_arguments(call) for call in calls]
+    return {"role": _ROLES.get(role.lower(), role), **message}
+
+
+def _words(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else show(part)
+        raise DataError(f"dataset: expected parts of text only in {where}, found {kind}")
+    return str(part["text"])
+
+
+def _call(content: Any, where: str) -> dict[str, Any]:
+    try:
+        call = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        call = None
+    if not isinstance(call, dict) or "name" not in call:
+        raise DataError(
+            f"dataset: expected a function call as JSON, {{name, arguments}}, in {where}, found {show(content)}"
+        )
+    return dict(_with_arguments(call))
+
+
+def _with_arguments(call: Any) -> Any:
+    """A tool call whose arguments are a mapping, also where they are the JSON of one: templates write the JSON."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"])}
+    if isinstance(call.get("arguments"), str):
+        try:
+            arguments = json.loads(call["arguments"])
+        except ValueError:
+            return call
+        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    return call
