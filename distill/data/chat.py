@@ -7,13 +7,14 @@ than the present (they leave out old thoughts, tools or dates), so the turn is l
 be found there is refused; nothing is guessed.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from distill.data.messages import Message, in_parts, with_contents
+from distill.data.messages import Message, calls_of, variants
 from distill.errors import DataError, first_line
 
 _STAND_IN = "\u2063"  # an invisible character that no template writes
@@ -59,6 +60,7 @@ class ChatEncoder:
             ranges = ranges[0] if ranges and isinstance(ranges[0], list) else ranges
             boundary = len(render(messages[:first])) if first else 0
             ranges = [span for span in ranges if span[0] >= boundary]
+            _check_calls(messages[first:], "".join(text[begin:end] for begin, end in ranges), where)
         else:
             ranges = _turns(render, messages, text, first, where)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -81,39 +83,53 @@ class ChatEncoder:
 
 
 def _faithful(render: Render, messages: list[Message], where: str) -> tuple[list[Message], str]:
-    """The chat in the first form whose text has all words of it, and that text."""
-    complaints = []
-    for turns in (messages, with_contents(messages), in_parts(messages), in_parts(with_contents(messages))):
+    """The chat in the first of its variants whose text has all words of it, and that text."""
+    complaints: dict[int, str] = {}
+    said = " ".join(str(message.get("content")) for message in messages if "content" in message)
+    arguments = [
+        str(call["arguments"])
+        for message in messages
+        for call in calls_of(message)
+        if isinstance(call.get("arguments"), dict) and call["arguments"]
+    ]
+    reprs = [words for words in ("None", "'type': 'text'", *arguments) if words not in said]  # Python's, not words
+    for turns in variants(messages):
         try:
             text = render(turns)
         except Exception as error:  # jinja's own, or whatever a template raises on purpose
-            complaints.append(f"the chat template refuses {where}: {first_line(error)}")
+            complaints.setdefault(-1, f"the chat template refuses {where}: {first_line(error)}")
             continue
-        lost = _lost(messages, text)
-        if lost is None and ("'type': 'text'" not in text or turns is messages):
+        at, lost = _lost(messages, text)
+        if not lost and not any(words in text for words in reprs):
             return turns, text
-        complaints.append(f"the chat template leaves out {lost} in {where}; dataset.chat_template=FILE names another")
-    raise DataError(f"dataset: {complaints[0]}")
+        complaints.setdefault(at, f"the chat template leaves out {lost or 'words of a list or a mapping'} in {where}")
+    worst = complaints[max(complaints)]
+    raise DataError(f"dataset: {worst}; dataset.chat_template=FILE names another template")
 
 
-def _lost(messages: list[Message], text: str) -> str | None:
-    """Words of a message that are not in the rendered text; None if all are there.
+def _lost(messages: list[Message], text: str) -> tuple[int, str]:
+    """The first message of which words are not in the rendered text, and which; the last and "" if all are there.
 
     An answer may lose its thoughts when another one follows: many templates do that on purpose.
     """
+    last = len(messages) - 1
     for i, message in enumerate(messages):
-        is_last = i == len(messages) - 1
         if isinstance(words := message.get("content"), str):
-            spoken = words if is_last or message["role"] != "assistant" else words.rpartition("</think>")[2]
+            spoken = words.rpartition("</think>")[2] if message["role"] == "assistant" and i < last else words
             if (word := _missing(spoken, text)) is not None:
-                return f"the word {word!r} of message {i}"
-        for call in message.get("tool_calls") or () if isinstance(message.get("tool_calls"), list) else ():
-            if _name_of(call) not in text:
-                return f"the call of {_name_of(call)} in message {i}"
+                return i, f"the word {word!r} of message {i}"
         thoughts = next((t for key in _THOUGHTS if isinstance(t := message.get(key), str) and t.strip()), "")
-        if is_last and (word := _missing(thoughts, text)) is not None:
-            return f"the word {word!r} of the reasoning in message {i}"
-    return None
+        if i == last and (word := _missing(thoughts, text)) is not None:
+            return i, f"the word {word!r} of the reasoning in message {i}"
+    return last, ""
+
+
+def _check_calls(messages: list[Message], written: str, where: str) -> None:
+    """Raise DataError where a tool call of these messages is not in what the assistant writes in them."""
+    for message in messages:
+        for call in calls_of(message) if message["role"] == "assistant" else ():
+            if _name_of(call) not in written:
+                raise DataError(f"dataset: the chat template leaves out the call of {_name_of(call)} in {where}")
 
 
 def _missing(words: str, text: str) -> str | None:
@@ -142,13 +158,14 @@ def _turns(render: Render, messages: list[Message], text: str, first: int, where
                 f"dataset: the chat template refuses {where} up to message {i}, so that it cannot be told what the "
                 f"assistant writes: {first_line(error)}"
             ) from error
-        if found is None:
+        if found is None or _missing(_words_of(messages[i]), text[slice(*found)]) is not None:
             raise DataError(
                 f"dataset: expected to find in the rendered chat what the assistant writes in message {i} of {where}; "
                 "the chat template renders it in another way when it is the last one"
             )
         begin, end = found
         ranges[i] = begin, begin + len(text[begin:end].rstrip())  # the model stops at the end of its turn
+        _check_calls(messages[i : i + 1], text[begin:end], f"message {i} of {where}")
     return [span for i, span in ranges.items() if i >= first]
 
 
@@ -159,31 +176,45 @@ def _turn(
 
     alone: there is one message between this and the assistant's message before
     """
+    previous = messages[i - 1] if i else {}
     before, prompted = render(messages[:i]), render(messages[:i], prompt=True)
-    at = _position(before, messages[i - 1] if i else {}, text, least, alone)
-    if at is None or not prompted.startswith(before):
-        return None
+    before = _common(before, prompted)  # without what some templates write at the end of a chat
     prompt = prompted[len(before) :]
+    at = _position(before, previous, text, least, alone)
+    if at is None:
+        return None
     begin = at + len(prompt)
     if not prompt or not text.startswith(prompt, at):  # then it begins where the words of any answer would
         opening = prompt or _opening(render, messages[:i], before)
         if opening is None:
             return None
-        begin = at + len(os.path.commonprefix([opening, text[at : at + len(opening)]]))
-        words = _words_of(messages[i])
-        overlapping = text.rfind(words, at, begin + len(words)) if words else -1
-        begin = overlapping if overlapping >= at else begin
+        begin = at + len(_common(text[at:], opening))
+    closed = render(messages[: i + 1], prompt=True).removesuffix(prompt)
     if i == len(messages) - 1:
-        return begin, len(text)
-    renderings = [render(messages[: i + 1]), render(messages[: i + 1], prompt=True).removesuffix(prompt)]
-    starts = [_position(before, messages[i - 1] if i else {}, whole, 0, alone) for whole in renderings]
+        return begin, len(closed) if text.startswith(closed) else len(text)
+    renderings = [closed, render(messages[: i + 1])]
+    starts = [_position(before, previous, whole, 0, alone) for whole in renderings]
     turns = [whole[start:] for whole, start in zip(renderings, starts, strict=True) if start is not None]
     for turn in turns:
         if text.startswith(turn, at):
             return begin, at + len(turn)
-    rest = max((_longest_end(turn, text, begin) for turn in turns), key=len, default="")
-    found = rest.strip() and _missing(_words_of(messages[i]), rest) is None
-    return (begin, begin + len(rest)) if found else None
+    # The past lacks something in the middle of the turn: it is the turn's beginning, and an end of it.
+    middles = [at + len(os.path.commonprefix([turn, text[at : at + len(turn)]])) for turn in turns]
+    ends = [middle + len(_longest_end(turn, text, middle)) for turn, middle in zip(turns, middles, strict=True)]
+    end = max((end for end, middle in zip(ends, middles, strict=True) if end > middle), default=begin)
+    return (begin, end) if end > begin else None
+
+
+def _common(text: str, other: str) -> str:
+    """What both begin with. It does not end inside a tag: <think> and <tool_call> have nothing in common."""
+    common = os.path.commonprefix([text, other])
+    if len(common) == min(len(text), len(other)):
+        return common
+    for opening, closing in ("<>", "[]"):
+        tag = common.rfind(opening)
+        if tag > common.rfind(closing):
+            return common[:tag]
+    return common
 
 
 def _position(before: str, previous: Message, text: str, least: int, alone: bool) -> int | None:
@@ -199,9 +230,10 @@ def _position(before: str, previous: Message, text: str, least: int, alone: bool
 def _opening(render: Render, turns: list[Message], before: str) -> str | None:
     """What a template without generation prompt writes before the words of an answer; None if it writes no words."""
     for content in (_STAND_IN, [{"type": "text", "text": _STAND_IN}]):
-        found = render([*turns, {"role": "assistant", "content": content}])
-        if found.startswith(before) and found.count(_STAND_IN) == 1:
-            return found[len(before) : found.index(_STAND_IN)]
+        with contextlib.suppress(Exception):  # a template that knows only the other one
+            found = render([*turns, {"role": "assistant", "content": content}])
+            if found.startswith(before) and found.count(_STAND_IN) == 1:
+                return str(found[len(before) : found.index(_STAND_IN)])
     return None
 
 

@@ -1,6 +1,7 @@
 """Chat messages as users have them, in the one form that chat templates expect: a list of {role, content, ...}."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from distill.errors import DataError
@@ -51,8 +52,38 @@ def parsed(value: Any, kind: type, what: str, where: str) -> Any:
     return value
 
 
-def in_parts(messages: list[Message]) -> list[Message]:
-    """The same messages with each text as a list of one part, which some templates want."""
+def variants(messages: list[Message]) -> Iterator[list[Message]]:
+    """The same messages as different templates want them, the most usual first.
+
+    A content that is not there is left out, or null, or empty; the arguments of a call are a mapping or its JSON; a
+    text is a text, or a list of one part.
+    """
+    for turns in (messages, _with_contents(messages, None), _with_contents(messages, "")):
+        yield turns
+        if (written := [_written(message) for message in turns]) != turns:
+            yield written
+    yield _in_parts(_with_contents(messages, ""))
+
+
+def calls_of(message: Message) -> list[Any]:
+    """The functions that a message calls, each {name, arguments}."""
+    calls = message.get("tool_calls")
+    found = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return [call for call in found if isinstance(call, dict)]
+
+
+def _written(message: Message) -> Message:
+    """The message with its calls' arguments as JSON."""
+    if not any(isinstance(call.get("arguments"), dict) for call in calls_of(message)):
+        return message
+    calls = [
+        {**call, "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}}
+        for call, function in zip(message["tool_calls"], calls_of(message), strict=True)
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _in_parts(messages: list[Message]) -> list[Message]:
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
@@ -61,9 +92,8 @@ def in_parts(messages: list[Message]) -> list[Message]:
     ]
 
 
-def with_contents(messages: list[Message]) -> list[Message]:
-    """The same messages with an empty content where there is none, which some templates want."""
-    return [{"content": "", **message} for message in messages]
+def _with_contents(messages: list[Message], content: str | None) -> list[Message]:
+    return [{"content": content, **message} for message in messages]
 
 
 def show(value: Any) -> str:

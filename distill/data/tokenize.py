@@ -121,7 +121,7 @@ def tokenize(
     counts, example = Counter[str](), -1
     bar = tqdm(
         _encoded(form, rows, config.num_proc), "tokenizing", unit=" examples", disable=not visible, file=sys.stderr,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, delay=1.0,
     )  # fmt: skip
     with _Spool(form.masked) as spool:
         for example, encoded in enumerate(bar):

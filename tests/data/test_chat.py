@@ -134,7 +134,7 @@ def test_a_chat_as_users_write_it():
     ("template", "chat", "message"),
     [
         (templates.GEMMA, [{"role": "system", "content": "s"}, *TWO], "refuses a chat: no system"),
-        (templates.CHATML, [TOOL_CHAT[0], TOOL_CHAT[1], *TWO], "leaves out the call of weather in message 1 in a chat"),
+        (templates.CHATML, [TOOL_CHAT[0], TOOL_CHAT[1], *TWO], "leaves out the call of weather in message 1 of a chat"),
         (templates.DEEPSEEK_R1.replace("m.content if loop.last else ", ""), THOUGHT, "the word 'think' of message 3"),
         (templates.CHATML, [TWO[0], {**TWO[1], "reasoning_content": "hm"}], "the word 'hm' of the reasoning"),
         (templates.CHATML, [TWO[0], {"role": "user", "content": [{"type": "image", "url": "x"}]}], "found image"),
