@@ -92,7 +92,9 @@ def _faithful(render: Render, messages: list[Message], where: str) -> tuple[list
         for call in calls_of(message)
         if isinstance(call.get("arguments"), dict) and call["arguments"]
     ]
-    reprs = [words for words in ("None", "'type': 'text'", *arguments) if words not in said]  # Python's, not words
+    reprs = [
+        words for words in ("None", "'type': 'text'", "'function': {", *arguments) if words not in said
+    ]  # Python's, not words
     for turns in variants(messages):
         try:
             text = render(turns)

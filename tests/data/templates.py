@@ -129,3 +129,49 @@ MARKED = (
 
 # Neither a generation prompt nor an end of turn.
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+# Without a generation prompt, a chat ends with the end of the text; tool calls are not known.
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}</s>{% endif %}"
+)
+
+# Old thoughts are left out, their tags are not; a turn has no end of its own.
+GLM = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- set parts = m.content.split('</think>') %}
+        {%- set thought = parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' %}
+        {%- if loop.index0 < ns.last %}{% set thought = '' %}{% endif %}
+        {{- '<|assistant|>\\n<think>' + thought + '</think>\\n' + parts[-1].strip() }}
+    {%- else %}
+        {{- '<|' + m.role + '|>\\n' + m.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+# The generation prompt opens a thought, which old turns do not have; a call begins with the letters of a thought.
+QWEN35 = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.index0 > ns.last else '') }}
+        {{- m.content or '' }}
+        {%- for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
+
+# A turn that calls has a content that is null, and arguments that are text.
+DEEPSEEK_V3 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<|tool|>{{ m.content }}<|Assistant|>"
+    "{% elif m.content is none %}<|Assistant|><|call|>"
+    "{{ m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}</s>"
+    "{% else %}{{ '' if loop.previtem.role == 'tool' else '<|Assistant|>' }}{{ m.content.split('</think>')[-1] }}</s>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt and messages[-1].role != 'tool' %}<|Assistant|>{% endif %}"
+)

@@ -105,6 +105,20 @@ TWO = says("hi yo", "yo", "yo", "hi yo")
         (templates.LOOKS_AHEAD, TWO, {}, ["yo<|im_end|>", "hi yo<|im_end|>"]),
         (templates.MARKED, says("q", "猫 and 😀", "r", "é"), {}, ["猫 and 😀", "é"]),
         (templates.PLAIN, TWO, {}, ["yo", "hi yo"]),
+        (templates.PHI3, TWO, {}, ["yo<|end|>", "hi yo<|end|>"]),
+        (templates.GLM, THOUGHT, {}, ["\n<think></think>\nA.", "\n<think>two</think>\nB."]),
+        (
+            templates.QWEN35,
+            [*TOOL_CHAT, *TWO],
+            {},
+            [
+                f"<tool_call>{WRITTEN}</tool_call><|im_end|>",
+                f"{SUNNY}<|im_end|>",
+                "yo<|im_end|>",
+                "\n</think>\n\nhi yo<|im_end|>",
+            ],
+        ),
+        (templates.DEEPSEEK_V3, TOOL_CHAT, {}, ['<|call|>weather {"city": "Rome"}</s>', f"{SUNNY}</s>"]),
     ],
 )  # fmt: skip
 def test_what_is_trained_on(template, chat, more, expected):
@@ -141,6 +155,13 @@ def test_a_chat_as_users_write_it():
         (templates.CHATML, [{"from": "narrator", "value": "x"}], "expected a role of .* in a chat, message 0"),
         (templates.CHATML.replace("m.content", "m.content | replace('yo', '')"), TWO, "the word 'yo' of message 0"),
         (templates.HARMONY, [TWO[0], TOOL_CHAT[2]], "a tool message needs a call before it"),
+        ("weather" + templates.PHI3, TOOL_CHAT, "leaves out the call of weather in message 1 of a chat"),
+        (
+            templates.CHATML.replace("m.content", "m.tool_calls or m.content"),
+            TOOL_CHAT,
+            "leaves out words of a .* mapping",
+        ),
+        (templates.CHATML.replace("content }}", "content | upper }}"), TWO, "the word 'hi' of message 0 in a chat"),
     ],
 )
 def test_what_cannot_be_rendered_or_decided_is_refused(template, chat, message):
