@@ -246,3 +246,30 @@ def test_a_run_writes_nothing_beside_the_data(sources, tmp_path_factory):
     assert sorted(entry.name for entry in folder.iterdir()) == ["logs", "model", "x.zarr"]
     assert "6 examples" in ran.stderr
     assert "dropped 1 null, 1 empty" in ran.stderr
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    """What `datasets` loads is read in full, by split; a stream has no number of rows, and perhaps no columns."""
+    asked = []
+
+    def load_dataset(path, name, data_files, split, streaming):
+        asked.append((path, name, data_files, split, streaming))
+        made = datasets.Dataset.from_list([{"text": text, "other": {"a": i}} for i, text in enumerate(TEXTS)])
+        made = made.to_iterable_dataset() if streaming else made
+        if split is not None:
+            return made
+        return datasets.IterableDatasetDict({"test": made}) if streaming else datasets.DatasetDict({"test": made})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for streaming in ("false", "true"):
+        arguments = ["dataset.path=some/id", "dataset.name=all", f"dataset.streaming={streaming}"]
+        assert decoded(run(*arguments)) == EXPECTED  # the only split
+        assert decoded(run(*arguments, "dataset.split=train[:50%]")) == EXPECTED
+        with pytest.raises(DataError, match=r"dataset\.split: expected test, found validation"):
+            run(*arguments, "dataset.split=validation")
+    assert ("some/id", "all", None, None, True) in asked
+    assert ("some/id", "all", None, "train[:50%]", False) in asked
+
+
+def test_files_without_a_path_are_read_and_not_the_demo(sources):
+    assert decoded(run(f"dataset.data_files={sources / 'x.jsonl'}")) == EXPECTED
