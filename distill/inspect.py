@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from distill.config import GenerateConfig
 from distill.data.show import marked
 from distill.errors import ConfigError, UserError
-from distill.settings import load
+from distill.settings import expand, load
 from distill.store.store import Store
 from distill.student.metrics import is_run, side_by_side
 from distill.teacher.source import local_tokenizer
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         settings = [argument for argument in arguments if argument.startswith("store.options.")]
-        paths = [argument for argument in arguments if argument not in settings]
-        folders = [Path(path).expanduser() for path in paths]
+        paths = [expand(argument, "STORE") for argument in arguments if argument not in settings]
+        folders = [Path(path) for path in paths]
         if folders and not settings and all(map(is_run, folders)):
             print(side_by_side(folders))
             return 0

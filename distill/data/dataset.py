@@ -134,7 +134,7 @@ class Data:
 def find(config: DatasetConfig) -> Data:
     """The dataset that is meant. Raises DataError where there is none on this machine and the path looks like one."""
     path, notes = Path(config.path), list[str]()
-    patterns = config.data_files if isinstance(config.data_files, list) else [config.data_files]
+    patterns = config.data_files if isinstance(config.data_files, list) else [config.data_files or ""]
     elsewhere = any("://" in str(pattern) for pattern in patterns)
     if config.path == "demo" and config.data_files is None:
         return Data(config)

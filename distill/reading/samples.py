@@ -15,8 +15,11 @@ A sample is a dict of tensors. Row t of each tensor is about the token that foll
 
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from distill.errors import StoreError
+from distill.settings import expand
 from distill.store.store import Store
 
 Sample = dict[str, Any]
@@ -37,23 +41,46 @@ _TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob")
 _CHUNKS_KEPT = 4
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """The store as one process has it open. chunks: the last few, by number; other threads may read too."""
+
+    store: Store
+    names: list[str]
+    process: int = field(default_factory=os.getpid)
+    committed: set[int] = field(default_factory=set)
+    chunks: OrderedDict[int, Rows] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class RowReader:
-    """Rows of a store, read in whole inner chunks. Each process that reads opens the store for itself."""
+    """Rows of a store, read in whole inner chunks, by any number of threads.
+
+    Each process that reads opens the store for itself: at the place where it was first opened, wherever the process has
+    gone since, and only if it is the same store still.
+    """
 
     def __init__(self, path: str, options: Mapping[str, Any]) -> None:
-        self.path, self._options = path, dict(options)
+        self.path, self._options = expand(path, "store.path"), dict(options)
+        self._place = self.path if "://" in self.path else str(Path(self.path).absolute())
+        self._identity: list[Any] | None = None
         self._open()
 
-    def _open(self) -> None:
-        store = Store.existing(self.path, self._options)
-        self._store, self._process = store, os.getpid()
+    def _open(self) -> _Opened:
+        store = Store.existing(self._place, self._options)
+        identity = [store.attributes.get(name) for name in ("fingerprint", "num_samples", "num_tokens")]
+        if self._identity not in (None, identity):
+            raise StoreError(
+                f"{self.path}: expected the store {self._identity[0]} that was opened first, found the store "
+                f"{identity[0]} at {self._place}"
+            )
         there = store.array_names()
-        self._names = [name for name in _ROW_ARRAYS if name in there]
-        self._committed: set[int] = set()
-        self._chunks: OrderedDict[int, Rows] = OrderedDict()
+        self._identity = identity
+        self._opened = _Opened(store, [name for name in _ROW_ARRAYS if name in there])
+        return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_options": self._options}
+        return {name: value for name, value in vars(self).items() if name != "_opened"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -62,40 +89,53 @@ class RowReader:
     @property
     def store(self) -> Store:
         """The store, opened in this process."""
-        if self._process != os.getpid():
-            if "://" in self.path:  # the client's threads did not survive the fork, and it would wait for them
-                raise StoreError(
-                    f"{self.path} cannot be read after a fork: give the DataLoader multiprocessing_context='forkserver'"
-                )
-            self._open()
-        return self._store
+        return self._here().store
+
+    def _here(self) -> _Opened:
+        opened = self._opened
+        if opened.process == os.getpid():
+            return opened
+        if "://" in self.path:  # the client's threads did not survive the fork, and it would wait for them
+            raise StoreError(
+                f"{self.path} cannot be read after a fork: give the DataLoader multiprocessing_context='forkserver'"
+            )
+        return self._open()
 
     def read(self, start: int, stop: int) -> Rows:
         """The rows [start, stop), which are in one block, of all arrays.
 
         Raises StoreError where a checksum is wrong, or the block is not committed.
         """
-        store = self.store
-        block = start // store.block_rows
-        if block not in self._committed:
-            if store.read_rows("commits", block, block + 1)[0] < 0:
+        opened = self._here()
+        block = start // opened.store.block_rows
+        if block not in opened.committed:
+            if opened.store.read_rows("commits", block, block + 1)[0] < 0:
                 raise StoreError(f"{self.path}: block {block} is not there (it has no commit)")
-            self._committed.add(block)
-        return {name: store.read_rows(name, start, stop) for name in self._names}
+            opened.committed.add(block)
+        return {name: opened.store.read_rows(name, start, stop) for name in opened.names}
 
     def read_sample(self, start: int, stop: int) -> Rows:
         """The rows of one sample, as in `read`. The last few inner chunks are kept, for samples to come."""
-        size = min(self.store.inner_rows, self.store.block_rows)
+        store = self.store
+        size = min(store.inner_rows, store.block_rows)
         parts = []
-        for chunk in range(start // size, (stop - 1) // size + 1):
-            if chunk not in self._chunks:
-                self._chunks[chunk] = self.read(chunk * size, (chunk + 1) * size)
-                if len(self._chunks) > _CHUNKS_KEPT:
-                    self._chunks.popitem(last=False)
-            self._chunks.move_to_end(chunk)
-            first = chunk * size
-            parts.append({k: v[max(start - first, 0) : stop - first] for k, v in self._chunks[chunk].items()})
+        for number in range(start // size, (stop - 1) // size + 1):
+            first, chunk = number * size, self._chunk(number, size)
+            parts.append({name: rows[max(start - first, 0) : stop - first] for name, rows in chunk.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _chunk(self, number: int, size: int) -> Rows:
+        opened = self._here()
+        with opened.lock:
+            chunk = opened.chunks.get(number)
+        if chunk is None:  # read without the lock: threads read at the same time
+            chunk = self.read(number * size, (number + 1) * size)
+        with opened.lock:
+            opened.chunks[number] = chunk
+            opened.chunks.move_to_end(number)
+            if len(opened.chunks) > _CHUNKS_KEPT:
+                opened.chunks.popitem(last=False)
+        return chunk
 
 
 def as_stored(number: int, rows: Rows, where: str) -> Sample:

@@ -32,7 +32,7 @@ def check_nodes(grid: Grid, board: Board, config: Any, folder: str) -> None:
     if grid.local_rank > 0 or grid.num_nodes == 1:
         return
     facts = {name: importlib.metadata.version(name) for name in _PACKAGES} | flat(config)
-    at = Path(folder).expanduser().absolute()  # on this node
+    at = Path(folder).absolute()  # on this node
     if grid.rank > 0:
         theirs, probe = json.loads(board.wait("facts of worker 0")), board.wait("probe of worker 0")
         found = [

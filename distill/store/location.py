@@ -22,7 +22,7 @@ _PATIENCE_SECONDS = 3.0  # workers of a run that was just killed may still be en
 def locate(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
     """The zarr store for a local path or a URL. options: of the object store's client. Raises StoreError."""
     if "://" not in path:
-        return LocalStore(Path(path).expanduser(), read_only=read_only)
+        return LocalStore(Path(path).absolute(), read_only=read_only)  # still there after a chdir
     try:
         import obstore
         from zarr.storage import ObjectStore
@@ -30,7 +30,9 @@ def locate(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
         raise StoreError(f"store.path: {path} needs obstore: pip install 'distill[s3]'") from error
     try:
         return ObjectStore(obstore.store.from_url(path, **options), read_only=read_only)
-    except Exception as error:
+    except BaseException as error:  # Rust's panics, of options at a wrong place, are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise StoreError(f"store.path: cannot use {path}: {first_line(error)}") from error
 
 
@@ -41,7 +43,7 @@ def is_group(path: str, location: Any) -> bool:
             there = sync(location.exists("zarr.json"))
             kind = "" if there or sync(location.is_empty("")) else "other content"
         else:
-            root = Path(path).expanduser()
+            root = Path(path)
             there = (root / "zarr.json").is_file()
             inside = root.iterdir() if root.is_dir() and not there else []
             foreign = any(not entry.name.endswith(".partial") for entry in inside)
@@ -57,7 +59,7 @@ def check_writable(path: str) -> None:
     """Raise StoreError where a store at the local `path` could not be created or written; creates nothing."""
     if "://" in path:
         return
-    at = Path(path).expanduser().absolute()
+    at = Path(path).absolute()
     try:
         while not at.exists():
             at = at.parent

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from distill.config import StudentConfig, TeacherConfig
 from distill.errors import ConfigError, TeacherError, first_line
 from distill.student.loss import DistillationLoss
+from distill.teacher import adapter
 from distill.teacher.pipeline import decoder_layers
 from distill.teacher.source import Source, locate
 
@@ -58,8 +59,13 @@ def build(config: StudentConfig, source: Source, seed: int) -> Any:
         if config.layers is not None:
             settings = _with_layers(settings, _kept(config.layers, settings))
         return AutoModelForCausalLM.from_config(settings, **kwargs)
+    kwargs |= adapter.UNMERGED if source.adapter is not None else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **kwargs)
+        if source.adapter is not None:
+            model = adapter.merge(model, source.adapter)
+    except TeacherError as error:
+        raise ConfigError(str(error).replace("teacher.model", "student.model", 1)) from error
     except Exception as error:
         raise ConfigError(f"student.model: cannot load {source.folder}: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):

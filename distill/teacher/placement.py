@@ -53,6 +53,7 @@ class Needs:
     tensor_plan:             module -> how tensor parallelism splits it; empty where the model has no plan
     model_class:             transformers' class of the model
     quantization:            the method of a quantised checkpoint
+    adapted:                 whether an adapter is to be merged into the weights
     """
 
     architecture: str
@@ -65,6 +66,7 @@ class Needs:
     tensor_plan: dict[str, str] = field(default_factory=dict)
     model_class: Any = None
     quantization: str | None = None
+    adapted: bool = False
 
     @classmethod
     def of(cls, source: Source, dtype: torch.dtype, max_tokens: int, slice_bytes: int) -> "Needs":
@@ -101,6 +103,7 @@ class Needs:
             tensor_plan=_tensor_plan(model) if model is not None else {},
             model_class=type(model),
             quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
+            adapted=source.adapter is not None,
         )
 
     @property
@@ -118,6 +121,11 @@ class Needs:
             return None
         if self.quantization:
             return f"the checkpoint is quantised ({self.quantization}), which data and device_map can load"
+        if self.adapted:
+            return (
+                "an adapter is merged where the whole model is loaded, with data or device_map; or merge it once "
+                "(peft's merge_and_unload, save_pretrained) and give that folder"
+            )
         if mode == "pipeline":
             if self.layers == 0:
                 return f"it is not clear which parts of {self.architecture} are its layers"

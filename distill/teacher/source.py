@@ -1,27 +1,35 @@
 """Find the teacher: its folder on this machine, its configuration and its tokenizer. No weights are loaded."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distill.config import TeacherConfig
-from distill.errors import TeacherError, first_line
+from distill.errors import TeacherError, UserError, first_line
+from distill.settings import expand
 from distill.store.fingerprint import digest, text_digest
-from distill.teacher import demo
+from distill.teacher import adapter, demo
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder, with its configuration and its tokenizer."""
+    """A model's folder, with its configuration and its tokenizer.
+
+    adapter:          the folder of the LoRA adapter that is to be merged into the model, if there is one
+    tokenizer_folder: where the tokenizer is
+    """
 
     folder: Path
     config: TeacherConfig
     model_config: Any
     tokenizer: Any
+    adapter: Path | None = None
+    tokenizer_folder: Path = Path()
 
     @property
     def text_config(self) -> Any:
@@ -35,16 +43,27 @@ class Source:
 
     @property
     def context_length(self) -> int | None:
-        """The longest sample the model was made for, in tokens; None where its configuration does not say."""
+        """The longest sample the model was made for, in tokens; None where its configuration does not say.
+
+        A rope factor stretches the length of pre-training, and max_position_embeddings may be the one or the other.
+        With a rope for each type of layer, only those count that name the length of pre-training.
+        """
         length = getattr(self.text_config, "max_position_embeddings", None)
-        return int(length) if length and length > 0 else None
+        if not length or length <= 0:
+            return None
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        by_layer = [part for part in rope.values() if isinstance(part, Mapping)]
+        stretched = [
+            part["factor"] * part.get("original_max_position_embeddings", 0 if by_layer else length)
+            for part in by_layer or [rope]
+            if part.get("factor")
+        ]
+        return int(max([length, *stretched]))
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The files that hold the weights."""
-        return sorted(
-            file for file in self.folder.iterdir() if file.is_file() and file.suffix in (".safetensors", ".bin")
-        )
+        """The files that hold the weights, without those of an adapter."""
+        return _weight_files(self.folder)
 
     @cached_property
     def vocabulary(self) -> dict[str, Any]:
@@ -55,13 +74,19 @@ class Source:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What identifies the model and the tokenizer, independent of where the folder is."""
-        files = sorted(file for file in self.folder.iterdir() if file.is_file())
+        files = sorted(file for file in self.tokenizer_folder.iterdir() if file.is_file())
         tokenizer = [file for file in files if file.name.startswith(("token", "vocab", "merges", "special", "chat_"))]
-        return {
+        found = {
             "teacher.config": digest([self.folder / "config.json"]),
             "teacher.weights": digest(self.weight_files),
             "tokenizer": digest(tokenizer),
         }
+        if self.adapter is not None:
+            found["teacher.adapter"] = adapter.fingerprint(self.adapter, adapter.settings_of(self.adapter) or {})
+        code = sorted({*self.folder.rglob("*.py"), *self.tokenizer_folder.rglob("*.py")})
+        if self.config.trust_remote_code and code:
+            found["teacher.code"] = digest(code)
+        return found
 
 
 def locate(config: TeacherConfig) -> Source:
@@ -72,10 +97,11 @@ def locate(config: TeacherConfig) -> Source:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    folder = _resolve(config)
+    named = demo.folder() if config.model == "demo" else _resolve(config.model, config.revision)
+    folder, with_tokenizer, adapted = _parts(named)
     if not (folder / "config.json").is_file():
         raise TeacherError(f"teacher.model: expected a model's folder, found no config.json in {folder}")
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+    if not _weight_files(folder):
         raise TeacherError(f"teacher.model: expected weights (*.safetensors), found none in {folder}")
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -86,11 +112,13 @@ def locate(config: TeacherConfig) -> Source:
         raise TeacherError(
             f"teacher.model: expected a causal language model, found {model_config.model_type} in {folder}"
         )
+    if adapted is not None:
+        adapter.check(adapted, model_config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise TeacherError(f"teacher.model: no usable tokenizer in {folder}: {first_line(error)}") from error
-    return Source(folder, config, model_config, tokenizer)
+        raise TeacherError(f"teacher.model: no usable tokenizer in {with_tokenizer}: {first_line(error)}") from error
+    return Source(folder, config, model_config, tokenizer, adapted, with_tokenizer)
 
 
 def local_tokenizer(model: str, revision: str | None) -> Any:
@@ -98,36 +126,66 @@ def local_tokenizer(model: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            demo.cached() if model == "demo" else Path(model).expanduser() if Path(model).is_dir() else model,
-            revision=revision,
-            local_files_only=True,
-        )
+        named = demo.cached() if model == "demo" else _resolve(model, revision, download=False)
+        return AutoTokenizer.from_pretrained(_parts(named, download=False)[1], local_files_only=True)
     except Exception:  # transformers raises OSError, ValueError and its dependencies' own
         return None
 
 
-def _resolve(config: TeacherConfig) -> Path:
-    if config.model == "demo":
-        return demo.folder()
-    folder = Path(config.model).expanduser()
+def _parts(named: Path, download: bool = True) -> tuple[Path, Path, Path | None]:
+    """Where the model, its tokenizer and its adapter are: in one folder, or the adapter's base elsewhere.
+
+    A folder with a whole model and an adapter beside it means the two together, as for transformers.
+    """
+    settings = adapter.settings_of(named)
+    if settings is None:
+        return named, named, None
+    whole = (named / "config.json").is_file() and bool(_weight_files(named))
+    base = named if whole else _base(named, settings, download)
+    has_tokenizer = any((named / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return base, named if has_tokenizer else base, named
+
+
+def _base(named: Path, settings: Mapping[str, Any], download: bool) -> Path:
+    """The folder of the adapter's base."""
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise TeacherError(f"teacher.model: expected base_model_name_or_path in {named / adapter.CONFIG}, found none")
+    try:
+        found = _resolve(expand(base, "base_model_name_or_path"), settings.get("revision"), download)
+    except UserError as error:
+        text = str(error).removeprefix("teacher.model: ")
+        raise TeacherError(f"teacher.model: the base of the adapter in {named}: {text}") from error
+    if (found / adapter.CONFIG).is_file():
+        raise TeacherError(f"teacher.model: the base of the adapter in {named} is an adapter too: merge that one first")
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and file.suffix in (".safetensors", ".bin") and not file.name.startswith("adapter_")
+    )
+
+
+def _resolve(model: str, revision: str | None, download: bool = True) -> Path:
+    """The folder of a model that is a folder here, or is or will be in the hub's cache."""
+    folder = Path(model)
     if folder.is_dir():
         return folder
-    looks_local = config.model.startswith(("/", "./", "../", "~")) or config.model.count("/") > 1 or folder.exists()
+    looks_local = model.startswith(("/", "./", "../")) or model.count("/") > 1 or folder.exists()
     if looks_local:
-        raise TeacherError(
-            f"teacher.model: expected a Hugging Face id or a model's folder, found no folder {config.model}"
-        )
+        raise TeacherError(f"teacher.model: expected a Hugging Face id or a model's folder, found no folder {model}")
     from huggingface_hub import snapshot_download
 
+    where: dict[str, Any] = {"revision": revision, "local_files_only": not download}
     try:
-        found = Path(snapshot_download(config.model, revision=config.revision, allow_patterns=_HUB_FILES))
-        if not any(found.glob("*.safetensors")):
-            found = Path(
-                snapshot_download(config.model, revision=config.revision, allow_patterns=[*_HUB_FILES, "*.bin"])
-            )
+        found = Path(snapshot_download(model, allow_patterns=_HUB_FILES, **where))
+        if download and not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(model, allow_patterns=[*_HUB_FILES, "*.bin"], **where))
         return found
     except Exception as error:  # the hub client has dozens, from validation to the network's
         raise TeacherError(
-            f"teacher.model: {config.model} is neither a folder here nor to be had from the hub: {first_line(error)}"
+            f"teacher.model: {model} is neither a folder here nor to be had from the hub: {first_line(error)}"
         ) from error

@@ -1,7 +1,13 @@
 """TeacherCache beside the raw arrays, and what it refuses."""
 
+import json
+import os
 import pickle
 import shutil
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -77,10 +83,79 @@ def _tokens(cache: TeacherCache, i: int) -> list[int]:
     return found
 
 
+def test_a_relative_path_is_where_it_was_opened(
+    small_store: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a chdir, in this process and in others: also where another store of the same name is."""
+    expected = [TeacherCache(str(small_store))[i]["tokens"] for i in range(40)]
+    (tmp_path / "elsewhere").mkdir()
+    other = Path(shutil.copytree(copied, tmp_path / "elsewhere" / "copy.zarr"))
+    for name in ("tokens", "target_ids"):
+        shutil.rmtree(other / name / "c")
+    monkeypatch.chdir(tmp_path)
+    for elsewhere in (tmp_path / "elsewhere", tmp_path / "elsewhere" / "copy.zarr" / "tokens"):
+        monkeypatch.chdir(tmp_path)
+        cache = TeacherCache("copy.zarr")
+        assert cache.path == "copy.zarr"
+        monkeypatch.chdir(elsewhere)
+        read = [cache, pickle.loads(pickle.dumps(cache))]
+        assert all(part[i]["tokens"].equal(expected[i]) for part in read for i in range(0, 40, 7))
+        for method in ("fork", "spawn"):
+            with get_context(method).Pool(1, initializer=os.chdir, initargs=(elsewhere,)) as pool:
+                assert pool.apply(_tokens, (cache, 5)) == expected[5].tolist()
+        batches = cache[:40].shuffled(batch_size=8)
+        for batch in torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1):
+            for row, i in zip(batch["input_ids"], batch["sample"].tolist(), strict=True):
+                assert row[: len(expected[i])].equal(expected[i])
+
+
+def test_another_store_in_its_place_is_noticed(small_store: Path, copied: Path) -> None:
+    cache = TeacherCache(str(copied))
+    state = pickle.dumps(cache)
+    attributes = json.loads((copied / "zarr.json").read_text())
+    attributes["attributes"]["fingerprint"] = "another"
+    (copied / "zarr.json").write_text(json.dumps(attributes))
+    cache._reader._opened = replace(cache._reader._opened, process=-1)  # as in a child
+    for again in (lambda: pickle.loads(state), lambda: cache[0]):
+        with pytest.raises(
+            StoreError, match=r"copy.zarr: expected the store \w+ that was opened first, found .* another"
+        ):
+            again()
+
+
+class Slow(OrderedDict[int, Any]):
+    """Lets other threads run before each change."""
+
+    def move_to_end(self, key: int, last: bool = True) -> None:
+        time.sleep(0.001)
+        super().move_to_end(key, last)
+
+    def popitem(self, last: bool = True) -> tuple[int, Any]:
+        time.sleep(0.001)
+        return super().popitem(last)
+
+
+def test_many_threads_read_right_values(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so few chunks kept that each thread throws out those of the others."""
+    monkeypatch.setattr("distill.reading.samples._CHUNKS_KEPT", 1)
+    cache = TeacherCache(str(small_store))
+    expected = [cache[i] for i in range(60)]  # of many chunks
+    cache._reader._opened = replace(cache._reader._opened, chunks=Slow())
+    with ThreadPoolExecutor(8) as pool:
+        order = [int(i) for i in np.random.default_rng(0).integers(60, size=200)]
+        for i, sample in zip(order, pool.map(cache.__getitem__, order), strict=True):
+            assert all(torch.equal(torch.as_tensor(sample[k]), torch.as_tensor(v)) for k, v in expected[i].items())
+
+
+def test_a_tilde_is_the_home_folder(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(small_store.parent))
+    assert TeacherCache("~/small.zarr")[0]["tokens"].equal(TeacherCache(str(small_store))[0]["tokens"])
+
+
 def test_a_url_is_not_read_after_a_fork(small_store: Path) -> None:
     cache = TeacherCache(f"file://{small_store}")
     assert cache[0]["tokens"].equal(TeacherCache(str(small_store))[0]["tokens"])
-    cache._reader._process = -1  # as in a child
+    cache._reader._opened = replace(cache._reader._opened, process=-1)  # as in a child
     with pytest.raises(StoreError, match="multiprocessing_context='forkserver'"):
         cache[0]
 
