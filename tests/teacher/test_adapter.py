@@ -91,7 +91,7 @@ def test_the_values_are_those_of_pefts_merged_model(base: Path, adapter: Path, t
         assert [file.name for file in source.weight_files] == ["model.safetensors"]
         for mode in ("data", "device_map"):
             torch.testing.assert_close(loaded(source, mode, tmp_path / "offload"), expected, rtol=0, atol=0)
-        with pytest.raises(TeacherError, match="expected memory for all weights .* found some offloaded to disk"):
+        with pytest.raises(TeacherError, match=r"expected memory for all weights .* found some offloaded to disk"):
             loaded(source, "device_map", tmp_path / "offload", "500KB")
 
 
