@@ -27,10 +27,12 @@ _OF_SHAREGPT = {*_ROLES, "user", "assistant", "system", "developer", "tool"}
 def normalize(messages: Any, where: str) -> list[Message]:
     """Messages with the roles user, assistant, system, tool or a template's own, and with text as content.
 
-    messages: a list of {role, content} or of ShareGPT's {from, value}; one may be a single message. Parts of text are
+    messages: a list of {role, content} or of ShareGPT's {from, value}, or its JSON; or one message. Parts of text are
     joined, entries that are null are left out, and a tool call's arguments become a mapping if they are its JSON.
     where: names the chat in error messages. Raises DataError for everything else.
     """
+    if isinstance(messages, str) and messages.lstrip()[:1] == "[":
+        messages = parsed(messages, list, "dataset: messages", where)
     if isinstance(messages, dict):
         messages = [messages]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):

@@ -1,6 +1,7 @@
 """What is trained on in a chat, token by token, for templates with the traps of well-known models."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -133,7 +134,7 @@ def test_a_chat_as_users_write_it():
         {"from": "observation", "value": "sunny"},
         {"from": "gpt", "value": "It is sunny."},
     ]
-    assert normalize(chat, "a chat") == TOOL_CHAT
+    assert normalize(chat, "a chat") == normalize(json.dumps(chat), "a chat") == TOOL_CHAT
     chat = copy.deepcopy(TOOL_CHAT)
     chat[0]["content"] = [{"type": "text", "text": "Ro"}, {"type": "text", "text": "me?"}]
     chat[1] |= {
