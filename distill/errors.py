@@ -12,6 +12,10 @@ DistillError
 A message says what was expected, what was found, and where: key, file, sample or block.
 """
 
+import re
+
+_ADVICE = re.compile("pip install|You need to|must have access|is restricted|log in|trust_remote_code", re.IGNORECASE)
+
 
 class DistillError(Exception):
     """Base of the errors below."""
@@ -50,5 +54,13 @@ class PeerError(DistillError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or the name of its class where it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What another library's error says, in one line: its first line, and the sentence that says what to do.
+
+    That is one about a package, a permission or a login. An error without text, or with a bare key, is named.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    first = f"{type(error).__name__}: {lines[0]}" if isinstance(error, LookupError) else lines[0]
+    sentences = [sentence for line in lines[1:] for sentence in line.split(". ") if _ADVICE.search(sentence)]
+    return f"{first.rstrip(' :.')}: {sentences[0]}" if sentences and not _ADVICE.search(first) else first

@@ -240,8 +240,8 @@ def _read(name: str, kind: Any, found: Any) -> Any:
         return [_read(name, parts[list][0], part) for part in found]
     if isinstance(found, dict) and dict in parts:
         return {str(below): _read(f"{name}.{below}", parts[dict][1], value) for below, value in found.items()}
-    is_list = list in parts and found[:1] + found[-1:] == "[]"
-    if isinstance(found, _Typed) and (is_list or (str not in kinds and {list, dict} & {*parts})):
+    is_text = str in kinds and not (list in parts and isinstance(found, str) and found[:1] + found[-1:] == "[]")
+    if isinstance(found, _Typed) and {list, dict} & {*parts} and not is_text:
         content = _parse(name, found, _TypedLoader)
         if isinstance(content, list | dict):
             return _read(name, kind, content)

@@ -70,6 +70,19 @@ def test_refusals_name_the_file(tmp_path):
     bad.write_text("capture: {kk: 3}\n")
     with pytest.raises(ConfigError, match=r"bad.yaml: unknown key capture.kk; did you mean capture.k\?"):
         load(GenerateConfig, [str(bad)])
+    for content, message in (
+        ("capture: {temperatures: null}", "capture.temperatures: expected a list of a number, found null"),
+        ("capture: {temperatures: {a: 1.0}}", "capture.temperatures: expected a list of a number, found {'a': '1.0'}"),
+        ("dataset: {data_files: {train: a}}", "dataset.data_files: expected text or a list of text or null, found {"),
+        ("dataset: {path: [a]}", r"dataset.path: expected text, found \['a'\]"),
+        ("store: {options: x}", "store.options: expected a mapping, found 'x'"),
+        ("capture: {k: 8, k: 9}", r"not readable as YAML: k is there twice \(line 1\)"),
+        ("capture: {k: [}", "not readable as YAML: "),
+    ):
+        bad.write_text(content)
+        with pytest.raises(ConfigError, match=f"bad.yaml: {message}") as refused:
+            load(GenerateConfig, [str(bad)])
+        assert "\n" not in str(refused.value)
     bad.write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected a mapping"):
         load(GenerateConfig, [str(bad)])

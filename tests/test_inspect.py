@@ -8,11 +8,11 @@ from pathlib import Path
 from tests.support import environment, generate, save_model
 
 
-def inspect(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def inspect(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "distill.inspect", *arguments],
         cwd=folder,
-        env=environment(),
+        env={**environment(), **variables},
         capture_output=True,
         text=True,
         timeout=120,
@@ -38,6 +38,12 @@ def test_inspect_describes_a_store(tmp_path: Path) -> None:
     examples = [line for line in shown.stdout.splitlines() if " -> " in line and line[0] == " "]
     assert any(line.strip().startswith("'<|user|>'") for line in examples)
     assert all(line.count(" 0.") == 5 for line in examples), examples
+
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    ascii_only = inspect(tmp_path, "x.zarr", **plain)
+    assert ascii_only.returncode == 0, ascii_only.stderr
+    assert "\\ufffd" in ascii_only.stdout
+    assert ascii_only.stdout == shown.stdout.encode("ascii", "backslashreplace").decode()
 
     (tmp_path / "x.zarr" / "commits" / "c" / "1").unlink()  # one block never committed; no tokenizer at hand
     attributes = json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())

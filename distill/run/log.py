@@ -4,6 +4,7 @@ Worker 0 logs plain lines to the console, which do not break its progress bar. E
 ``<log_dir>/worker_<rank>.log``. Workers 1+ write nowhere else: even what they print goes to that file.
 """
 
+import io
 import logging
 import os
 import sys
@@ -52,6 +53,13 @@ def open_log(folder: str, name: str, rank: int, on_record: Callable[[], None]) -
     return path
 
 
+def print_anything() -> None:
+    """Let print escape what the console cannot show, and not raise: an ASCII terminal, a file name that is no text."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def end_of_log(log: Path, start: int = 0) -> str:
     """Where a log is, and its last ten lines after the byte `start`."""
     try:
@@ -67,7 +75,7 @@ class _LogFile(logging.FileHandler):
     """A worker's log file, which tells of each record."""
 
     def __init__(self, file: Path, on_record: Callable[[], None]) -> None:
-        super().__init__(file)
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")
         assert self.stream is not None
         self.descriptor, self._on_record = self.stream.fileno(), on_record
 

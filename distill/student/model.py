@@ -41,7 +41,8 @@ def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
     try:
         return locate(settings)
     except TeacherError as error:
-        raise ConfigError(str(error).replace("teacher.model", f"student.model={config.model}", 1)) from error
+        text = str(error).replace("teacher.model", f"student.model={config.model}", 1)
+        raise ConfigError(text.replace("teacher.trust_remote_code", "student.trust_remote_code")) from error
 
 
 def build(config: StudentConfig, source: Source, seed: int) -> Any:

@@ -68,23 +68,24 @@ def check(folder: Path, model_config: Any) -> None:
             )
 
 
-def merge(model: Any, folder: Path, **places: Any) -> Any:
+def merge(model: Any, folder: Path) -> Any:
     """The base `model` with the adapter merged into its weights: of the same class. The base is changed.
 
-    places: device_map, max_memory and offload_folder, where the base is spread over devices.
-    Raises TeacherError where the adapter does not fit the base, or merging would change more than the adapter does.
+    Raises TeacherError where the adapter does not fit the base, where merging would change more than the adapter does,
+    and where weights are offloaded: peft would write copies of them into the working directory.
     """
     from peft import PeftModel
 
     text = model.config.get_text_config()
-    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():  # peft would copy them into the current folder
+    if {"cpu", "disk"} & {*(getattr(model, "hf_device_map", None) or {}).values()}:
         raise TeacherError(
-            f"teacher.model: expected memory for all weights while the adapter in {folder} is merged into them, found "
-            "some offloaded to disk; merge it once (peft's merge_and_unload, save_pretrained), and give that folder"
+            f"teacher.model: expected room for the whole base on the devices, to merge the adapter in {folder}, found "
+            "a part offloaded; give more devices or memory, or merge it once with peft (merge_and_unload, "
+            "save_pretrained) and give that folder"
         )
     with warnings.catch_warnings():  # peft's own, of what is deprecated; of what is missing, which is checked below
         warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(model, str(folder), **places)
+        adapted = PeftModel.from_pretrained(model, str(folder))
         _check_fit(adapted, folder)
         ends = model.get_input_embeddings(), model.get_output_embeddings()
         if text.tie_word_embeddings and any(hasattr(end, "base_layer") for end in ends):

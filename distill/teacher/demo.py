@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from distill.errors import TeacherError, first_line
+from distill.settings import expand
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ def folder() -> Path:
         _convert_gguf(package.submodule_search_locations[0], partial)
     except (ImportError, OSError, ValueError) as error:  # transformers lacks gguf or accelerate, or the disk is full
         shutil.rmtree(partial, ignore_errors=True)
-        raise TeacherError(f"teacher.model=demo: cannot convert it into {partial}: {first_line(error)}") from error
+        raise TeacherError(
+            f"teacher.model=demo: cannot convert it into {partial}: {first_line(error)} (XDG_CACHE_HOME is the folder "
+            "to use instead of ~/.cache)"
+        ) from error
     try:
         partial.rename(made)
     except OSError:  # somebody else was quicker
@@ -51,6 +55,6 @@ def _convert_gguf(location: str, folder: Path) -> None:
 
 
 def cached() -> Path:
-    """Where the converted model is kept, in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "distill" / "SmolLM2-135M-Instruct"
+    """Where the converted model is kept, in the user's cache. Raises ConfigError where there is none."""
+    cache = os.environ.get("XDG_CACHE_HOME") or expand("~/.cache", "teacher.model=demo (or set XDG_CACHE_HOME)")
+    return Path(cache) / "distill" / "SmolLM2-135M-Instruct"

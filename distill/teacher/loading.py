@@ -61,8 +61,7 @@ def load(
                 f"teacher.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
             )
         if source.adapter is not None:
-            spread = {name: kwargs[name] for name in ("device_map", "max_memory", "offload_folder") if name in kwargs}
-            model = adapter.merge(model, source.adapter, **spread)
+            model = adapter.merge(model, source.adapter)
             logger.info("teacher: merged the adapter in %s into %s", source.adapter, source.folder)
         if placement.mode in ("data", "pipeline"):
             model = model.to(device)

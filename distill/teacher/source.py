@@ -54,7 +54,7 @@ class Source:
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         by_layer = [part for part in rope.values() if isinstance(part, Mapping)]
         stretched = [
-            part["factor"] * part.get("original_max_position_embeddings", 0 if by_layer else length)
+            part["factor"] * (part.get("original_max_position_embeddings") or (0 if by_layer else length))
             for part in by_layer or [rope]
             if part.get("factor")
         ]
@@ -106,7 +106,7 @@ def locate(config: TeacherConfig) -> Source:
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise TeacherError(f"teacher.model: cannot read {folder / 'config.json'}: {first_line(error)}") from error
+        raise TeacherError(f"teacher.model: cannot read {folder / 'config.json'}: {_why(error)}") from error
     known = model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not known and "AutoModelForCausalLM" not in (getattr(model_config, "auto_map", None) or {}):
         raise TeacherError(
@@ -117,8 +117,15 @@ def locate(config: TeacherConfig) -> Source:
     try:
         tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise TeacherError(f"teacher.model: no usable tokenizer in {with_tokenizer}: {first_line(error)}") from error
+        raise TeacherError(f"teacher.model: no usable tokenizer in {with_tokenizer}: {_why(error)}") from error
     return Source(folder, config, model_config, tokenizer, adapted, with_tokenizer)
+
+
+def _why(error: BaseException) -> str:
+    """What transformers says, in one line and with our key."""
+    if "trust_remote_code=True" in str(error):
+        return "it comes with Python code of its own; read it, then set teacher.trust_remote_code=true"
+    return first_line(error)
 
 
 def local_tokenizer(model: str, revision: str | None) -> Any:
