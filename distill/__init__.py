@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill.reading.cache import TeacherCache as TeacherCache
     from distill.reading.samples import collate as collate
+    from distill.student.learner import Learner as Learner
     from distill.student.loss import DistillationLoss as DistillationLoss
 
 __version__ = "0.1.0"
-__all__ = ["DistillationLoss", "TeacherCache", "__version__", "collate"]
+__all__ = ["DistillationLoss", "Learner", "TeacherCache", "__version__", "collate"]
 
 _HOMES = {
     "TeacherCache": "distill.reading.cache",
     "collate": "distill.reading.samples",
+    "Learner": "distill.student.learner",
     "DistillationLoss": "distill.student.loss",
 }
 

@@ -6,7 +6,7 @@ DistillError
 │   ├── DataError      the dataset
 │   ├── TeacherError   the model, its tokenizer or its device
 │   └── StoreError     the store: not one, another run's, damaged, unwritable
-├── NumericalError     the teacher produced NaN or infinite logits: exit status 1
+├── NumericalError     NaN or infinite: a teacher's logits, a student's loss, gradient or weights: exit status 1
 └── PeerError          other workers hang or are gone: exit status 1
 
 A message says what was expected, what was found, and where: key, file, sample or block.
@@ -42,7 +42,7 @@ class StoreError(UserError):
 
 
 class NumericalError(DistillError, ArithmeticError):
-    """The teacher's logits are NaN or infinite."""
+    """A teacher's logits are NaN or infinite, or a student's loss, gradient or weights."""
 
 
 class PeerError(DistillError, RuntimeError):

@@ -11,22 +11,22 @@ With a Trainer of your own: ``class Mine(DistillationTrainer, MyTrainer)``.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from distill.config import TeacherConfig
-from distill.errors import ConfigError
+from distill.errors import ConfigError, NumericalError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch, Sample, collate, empty_sample
+from distill.student.learner import BatchLoss
 from distill.student.loss import DistillationLoss
-from distill.student.model import check, sees_neighbours
+from distill.student.model import check
 from distill.teacher.source import Source
 
 
@@ -55,24 +55,26 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
         distillation_loss: DistillationLoss() by default. packed: put samples end to end into as few rows as possible.
         Raises ConfigError for other datasets, for a loss or a model that does not match a store, and for arguments that
-        would have no effect; StoreError where the tokenizer, processing_class, gives other ids than the teacher's.
+        would have no effect; StoreError where the tokenizer, processing_class, gives other ids than the teacher's;
+        DataError where nothing can be learned from a dataset. The first batch raises ConfigError where samples of one
+        row would see each other, and a step raises NumericalError before weights become NaN or infinite.
         """
         for name in ("data_collator", "compute_loss_func", "compute_metrics"):
             if (found := kwargs.pop(name, None)) is not None:
                 raise ConfigError(f"{name}: expected none, as batches and their loss are made here, found {found!r}")
-        super().__init__(model=model, args=args, data_collator=partial(collate, packed=packed), **kwargs)
+        super().__init__(model=model, args=args, data_collator=collate, **kwargs)
+        self.add_callback(_FiniteSteps(self.accelerator))
         self.args.remove_unused_columns = False
         self.model_accepts_loss_kwargs = True  # before transformers 5.23 it means what loss_is_scaled_for_ga means
         self.distillation_loss = distillation_loss or DistillationLoss()
         self._temperatures: list[float] = []
-        self._head_is_last: bool | None = None
+        self._losses: BatchLoss | None = None
+        self._packed = packed
         self._evaluated = [0.0, 0.0]  # sum of the losses, number of tokens
         if self.args.n_gpu > 1:
             raise ConfigError(f"expected a process for each of {self.args.n_gpu} GPUs, found one: start with torchrun")
         if self.args.label_smoothing_factor:
             raise ConfigError(f"label_smoothing_factor: expected 0, found {self.args.label_smoothing_factor}")
-        if packed and sees_neighbours(self.model):
-            raise ConfigError("packed: expected false for this model: samples in one row would see each other")
         if self.train_dataset is not None:
             self._check("train_dataset", self.train_dataset)
         if isinstance(self.eval_dataset, dict):
@@ -86,6 +88,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self.processing_class is None:
             raise ConfigError("processing_class: expected the student's tokenizer, found none")
         check(Source(Path(), TeacherConfig(), self.model.config, self.processing_class), self.distillation_loss, cache)
+        if len(cache):
+            cache.check_trained(f"of {name}")
         self._temperatures = self._temperatures or cache.temperatures
         if cache.temperatures != self._temperatures:
             raise ConfigError(f"{name}: expected temperatures {self._temperatures}, found {cache.temperatures}")
@@ -117,25 +121,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
         Without num_items_in_batch: the batch's own mean. return_outputs: return (loss, {}), since no logits are kept.
         """
-        forward = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
-        head = self.model.get_output_embeddings()
-        if self._head_is_last is None:
-            self._head_is_last = _is_last(head, model, inputs["input_ids"][:1, :8])
-        if self._head_is_last:  # the loss takes the place of the head: inside of what DDP, FSDP and autocast wrap
-            logits_of, loss, temperatures = head.forward, self.distillation_loss, self._temperatures
-            head.forward = lambda hidden: loss.from_hidden(hidden, logits_of, inputs, temperatures).view(1, 1, 1)
-            try:
-                total = model(**forward).logits
-            finally:
-                head.forward = logits_of
-            if total.numel() != 1:
-                raise ConfigError("model: expected a forward that calls the output head, found a compiled or fused one")
-        else:
-            total = self.distillation_loss.from_logits(model(**forward).logits, inputs, self._temperatures)
+        self._losses = self._losses or BatchLoss(self.distillation_loss, self._temperatures, self._packed)
+        total = self._losses.sum(model, self.model, inputs)
         if num_items_in_batch is None:
-            mean = total.sum() / inputs["loss_mask"].sum().clamp(min=1)
+            mean = total / inputs["loss_mask"].sum().clamp(min=1)
         else:
-            mean = total.sum() * (self.accelerator.num_processes / num_items_in_batch)
+            mean = total * (self.accelerator.num_processes / num_items_in_batch)
         return (mean, {}) if return_outputs else mean
 
     def prediction_step(self, model: Any, inputs: Batch, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
@@ -158,13 +149,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return output
 
 
-@torch.no_grad()
-def _is_last(head: nn.Module, model: Any, ids: Tensor) -> bool:
-    """Whether the model's logits are what its head returns, without soft-capping or scale."""
-    returned: list[Tensor] = []
-    handle = head.register_forward_hook(lambda *call: returned.append(call[2].clone()))
-    training = model.training
-    logits = model.eval()(input_ids=ids, use_cache=False).logits
-    model.train(training)
-    handle.remove()
-    return len(returned) == 1 and torch.equal(returned[0].float(), logits.float())
+class _FiniteSteps(TrainerCallback):  # type: ignore[misc]
+    """Ends a training before an optimizer step with a gradient that is NaN or infinite."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, _: Any, model: Any = None, **__: Any) -> None:
+        """Raise NumericalError, on all workers together. With float16 the scaler leaves such steps out by itself."""
+        if self._accelerator.scaler is not None:
+            return
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        local = (getattr(gradient, "to_local", lambda gradient=gradient: gradient)() for gradient in gradients)
+        bad = sum((~gradient.isfinite()).any().float() for gradient in local)
+        if self._accelerator.reduce(torch.as_tensor(bad, device=args.device), "sum"):
+            raise NumericalError(f"step {state.global_step + 1}: the gradient is NaN or infinite")

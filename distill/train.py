@@ -44,7 +44,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     from distill.run.watch import Watch
     from distill.student import metrics, model
     from distill.student.batches import StepBatches, split
-    from distill.student.checkpoint import Checkpoints, settings_of
+    from distill.student.checkpoint import Checkpoints, lock_output, settings_of
     from distill.student.loss import DistillationLoss
     from distill.student.training import Training
 
@@ -61,7 +61,11 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     trained_on, held_out = split(cache, config)
     batches = StepBatches(trained_on, config, grid)
     output, total_steps = Path(config.output), batches.total_steps
-    checkpoints = Checkpoints(output, settings_of(config, cache, source, grid.world_size, total_steps))
+    lock = lock_output(output) if grid.rank == 0 else None
+    if lock is not None:
+        board.note("output is locked", "")
+    board.wait("output is locked")  # from now on only this run changes what all its workers see there
+    checkpoints = Checkpoints(output, settings_of(config, cache, source, grid.world_size, total_steps), lock)
     if checkpoints.step == total_steps and model.is_saved(output):
         if grid.rank == 0:
             logger.info("%s is complete already: nothing to do", output)

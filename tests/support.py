@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pydoc_data.topics import topics
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 WORDS = topics["assert"].split()
@@ -184,3 +186,20 @@ def open_raw(store: Path, name: str) -> Any:
 
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store / name)}}
     return tensorstore.open(spec).result().read().result()
+
+
+def masked_store(store: Path, folder: Path, trained: Sequence[int]) -> Path:
+    """A copy of a store without a loss mask, with one: true at the first token of the samples `trained` only."""
+    import zarr
+
+    from distill.store.codecs import create_array
+    from distill.store.schema import ArraySpec
+
+    shutil.copytree(store, folder)
+    group: Any = zarr.open_group(folder, mode="r+")
+    num_rows, block_rows = group["tokens"].shape[0], int(group.attrs["block_rows"])
+    mask = np.zeros(num_rows, bool)
+    mask[group["sample_start"][:][list(trained)]] = True
+    create_array(group, ArraySpec("loss_mask", "row", (), "bool", False), num_rows, block_rows, block_rows, "portable")
+    group["loss_mask"][:] = mask
+    return folder

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from distill import DistillationLoss, TeacherCache
+from distill import DistillationLoss, Learner, TeacherCache
 from distill.config import OptimizerConfig, StudentConfig, TrainConfig
 from distill.errors import ConfigError
 from distill.student.batches import split
-from distill.student.model import Learner, build, find
+from distill.student.model import build, find
 from distill.student.optimizer import optimizer_of
 from tests.kills import children, freeze
-from tests.support import environment, has, save_model, wait_for
+from tests.support import environment, has, save_model, tree, wait_for
 
 
 def command(workers: int, arguments: Sequence[str]) -> list[str]:
@@ -146,6 +146,29 @@ def test_a_worker_that_hangs_is_named(small_store: Path, tmp_path: Path) -> None
     said = (tmp_path / "console").read_text()
     assert "worker 1 has made no progress for 4 s (timeout_seconds)" in said
     assert f"the end of its log, {tmp_path}/logs/worker_1.log:" in said
+
+
+def test_a_second_run_in_one_output_is_refused(small_store: Path, tmp_path: Path) -> None:
+    """It changes nothing there. When the first is killed, its lock is gone with it."""
+    arguments = [f"store.path={small_store}", "student.layers=1", "batch.samples=4", "output=out"]
+    arguments += ["evaluation.samples=0", "checkpoint_every=1000", "batch.readers=1"]
+    first = subprocess.Popen(command(2, [*arguments, "optimizer.steps=5000"]), cwd=tmp_path, env=environment())
+    wait_for(lambda: has(tmp_path / "out" / "metrics.jsonl", '"loss"'))
+    running = children(first.pid)
+    for process in running:
+        os.kill(process, signal.SIGSTOP)  # so that nothing changes by itself
+    before = tree(tmp_path / "out")
+    second = train(tmp_path, 1, *arguments, "optimizer.steps=3", "log_dir=other")
+    assert second.returncode == 2
+    assert second.stderr.count("error: output: another run is writing out; wait for it, or stop it") == 1
+    assert "Traceback" not in second.stderr
+    assert tree(tmp_path / "out") == before
+    for process in [*running, first.pid]:
+        os.kill(process, signal.SIGKILL)
+    first.communicate()
+    third = train(tmp_path, 1, *arguments, "optimizer.steps=3", "log_dir=other")
+    assert third.returncode == 0, third.stderr
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3]
 
 
 def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None:

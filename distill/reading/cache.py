@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 from torch.utils.data import Dataset
 
-from distill.errors import StoreError
+from distill.errors import DataError, StoreError
 from distill.reading.samples import RowReader, Sample, to_sample
 from distill.reading.shuffle import Index, ShuffledBatches
 from distill.store.fingerprint import text_digest
@@ -118,15 +118,36 @@ class TeacherCache(Dataset[Sample]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        packed: bool = False,
         window_blocks: int = 16,
     ) -> ShuffledBatches:
         """Batches in random order, of rank `rank`'s share of each epoch: see ShuffledBatches.
 
-        packed: put samples end to end into as few rows as possible. window_blocks: how many blocks a DataLoader worker
-        holds in memory; their samples are shuffled among each other.
+        window_blocks: how many blocks a DataLoader worker holds in memory; their samples are shuffled among each other.
+        Raises DataError as `check_trained` does.
         """
-        return ShuffledBatches(self._reader, self._index, batch_size, seed, rank, world_size, packed, window_blocks)
+        self.check_trained("to train on")
+        return ShuffledBatches(self._reader, self._index, batch_size, seed, rank, world_size, window_blocks)
+
+    def check_trained(self, purpose: str) -> None:
+        """Raise DataError where nothing can be learned from these samples, or measured on them.
+
+        purpose: of these samples, for the message
+        """
+        store, reading = self._reader.store, self._index.take(self._index.lengths > 1)  # no token follows a last one
+        masked = "loss_mask" in store.array_names()
+        if len(reading.numbers) and not masked:
+            return
+        block_of = reading.starts // store.block_rows
+        for block in np.unique(block_of):  # the first one is nearly always enough
+            first, here = int(block) * store.block_rows, reading.take(block_of == block)
+            trained = np.cumsum([0, *store.read_rows("loss_mask", first, first + store.block_rows)])
+            starts = here.starts - first
+            if (trained[starts + here.lengths - 1] > trained[starts]).any():
+                return
+        why = "loss_mask is false everywhere, as for chats in which no assistant speaks" if masked else "all are short"
+        raise DataError(
+            f"{self.path}: expected tokens to learn from in the {len(self):,} samples {purpose}, found none: {why}"
+        )
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise StoreError where the student's `tokenizer` gives other ids than the teacher's. It may have more."""

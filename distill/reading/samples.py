@@ -13,7 +13,6 @@ A sample is a dict of tensors. Row t of each tensor is about the token that foll
     loss_mask       [T]      bool, only with chats: the assistant wrote the token that follows
 """
 
-import math
 import os
 import threading
 from collections import OrderedDict
@@ -26,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from distill.errors import StoreError
 from distill.settings import expand
@@ -34,7 +32,6 @@ from distill.store.store import Store
 
 Sample = dict[str, Any]
 Rows = dict[str, NDArray[Any]]
-Batch = dict[str, Tensor]
 
 _ROW_ARRAYS = ("tokens", "target_ids", "target_logprobs", "logsumexp", "tail_logprob", "loss_mask")
 _TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob")
@@ -166,13 +163,29 @@ def empty_sample(k: int, num_temperatures: int) -> Sample:
     return sample
 
 
-def collate(samples: Sequence[Sample], packed: bool = False) -> Batch:
-    """Several samples as one batch: a row for each, padded on the right, or packed end to end into few rows.
+class Batch(dict[str, Tensor]):
+    """A batch by the names of its tensors. A DataLoader's worker sends it through its pipe, by value.
 
-        sample          [B'] int64      the samples' numbers (B' samples, B rows; -1: an empty batch)
+    torch would pass a descriptor of shared memory for each tensor, through a socket in TMPDIR: it fails where the path
+    is long, /dev/shm small (containers), or many batches are held.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, ({name: values.numpy() for name, values in self.items()},)
+
+    def __copy__(self) -> "Batch":
+        return Batch(self)
+
+
+def _received(arrays: Rows) -> Batch:
+    return Batch({name: torch.from_numpy(values) for name, values in arrays.items()})
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Several samples as one batch, a row for each, padded on the right: a causal student needs no attention mask.
+
+        sample          [B] int64       the samples' numbers (-1: an empty batch)
         input_ids       [B, L] int64
-        position_ids    [B, L] int64    0, 1, 2, ... again for each sample. From them, without an attention_mask,
-                                        transformers finds where samples begin: they do not see each other
         next_tokens     [B, L] int64    the token that follows: the label of position t; -1 where none follows
         loss_mask       [B, L] bool     positions to learn from: a token follows, in chats one of the assistant's
         target_ids, target_logprobs, logsumexp, tail_logprob      [B, L, ...] as in a sample, 0 in padding
@@ -180,52 +193,20 @@ def collate(samples: Sequence[Sample], packed: bool = False) -> Batch:
     Position t of each array is about the token that follows input_ids[:, t]: nothing has to be shifted.
     """
     lengths = [len(sample["tokens"]) for sample in samples]
-    longest = max(lengths)
-    rows = _pack(lengths, longest) if packed else [[i] for i in range(len(samples))]
-    shape = (len(rows), longest)
-    batch: Batch = {
-        "sample": torch.tensor([sample["sample"] for sample in samples]),
-        "input_ids": _zeros(shape, torch.int64),
-        "position_ids": _zeros(shape, torch.int64),
-        "next_tokens": _zeros(shape, torch.int64).fill_(-1),
-        "loss_mask": _zeros(shape, torch.bool),
-    }
+    shape = (len(samples), max(lengths))
+    batch = Batch(
+        sample=torch.tensor([sample["sample"] for sample in samples]),
+        input_ids=torch.zeros(shape, dtype=torch.int64),
+        next_tokens=torch.full(shape, -1),
+        loss_mask=torch.zeros(shape, dtype=torch.bool),
+    )
     for name in _TARGETS:
         dtype = torch.int64 if name == "target_ids" else torch.float32
-        batch[name] = _zeros((*shape, samples[0][name].shape[1]), dtype)
-    for row, members in enumerate(rows):
-        start = 0
-        for sample, length in ((samples[i], lengths[i]) for i in members):
-            stop = start + length
-            batch["input_ids"][row, start:stop] = sample["tokens"]
-            batch["position_ids"][row, start:stop] = torch.arange(length)
-            batch["next_tokens"][row, start : stop - 1] = sample["tokens"][1:]
-            batch["loss_mask"][row, start : stop - 1] = sample["loss_mask"][:-1] if "loss_mask" in sample else True
-            for name in _TARGETS:
-                batch[name][row, start:stop] = sample[name]
-            start = stop
-        batch["position_ids"][row, start:] = torch.arange(longest - start)  # padding counts as one more sample
+        batch[name] = torch.zeros((*shape, samples[0][name].shape[1]), dtype=dtype)
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        batch["input_ids"][row, :length] = sample["tokens"]
+        batch["next_tokens"][row, : length - 1] = sample["tokens"][1:]
+        batch["loss_mask"][row, : length - 1] = sample["loss_mask"][:-1] if "loss_mask" in sample else True
+        for name in _TARGETS:
+            batch[name][row, :length] = sample[name]
     return batch
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros. In a DataLoader's worker they are in shared memory from the start, and are not copied there later."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)  # new pages are zeros
-
-
-def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The samples of each row: the longest first, each into the first row with room (first-fit decreasing)."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row, left in enumerate(room) if left >= lengths[i]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return rows

@@ -53,11 +53,10 @@ class ShuffledBatches(IterableDataset[Batch]):
         seed: int,
         rank: int,
         world_size: int,
-        packed: bool,
         window_blocks: int,
     ) -> None:
         self._reader, self._index = reader, index
-        self._batch_size, self._seed, self._packed, self._window_blocks = batch_size, seed, packed, window_blocks
+        self._batch_size, self._seed, self._window_blocks = batch_size, seed, window_blocks
         self._rank, self._world_size = rank, world_size
         # Shared, so that DataLoader workers that live for several epochs see what set_epoch says.
         self._where = torch.zeros(2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
@@ -87,7 +86,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         for _ in range(skipped, self._batches_per_run(num_workers)):
             found = list(islice(samples, self._batch_size))
             nothing = [empty_sample(attributes["k"], len(attributes["temperatures"]))]
-            yield collate(found or nothing, self._packed)
+            yield collate(found or nothing)
 
     def _samples(self, epoch: int, run: int, num_runs: int, skip: int) -> Iterator[Sample]:
         """The samples of one run after its first `skip`, which are not read."""

@@ -6,6 +6,6 @@ store        Store: open and read
 writable     WritableStore: create, write and commit
 schema       array_specs, CAPTURED: which arrays there are
 codecs       how an array is cut and compressed
-location     check_writable: local folders, object stores, locks, fsync
+location     check_writable, Lock: local folders, object stores, locks, fsync
 fingerprint  digest, text_digest, summarize, differences: what makes two runs the same run
 """

@@ -12,7 +12,7 @@ from typing import Any
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from distill.errors import StoreError, first_line
+from distill.errors import StoreError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -71,24 +71,23 @@ def check_writable(path: str) -> None:
 
 
 class Lock:
-    """A lock on a local store's folder, held as long as this object lives.
+    """A lock on a local folder, held as long as this object lives, and not beyond the end of its process.
 
-    Object stores, and file systems without such locks, stay unlocked. Raises StoreError where another run has the lock.
+    File systems without such locks stay unlocked. Raises `error` where another run has the lock.
     """
 
-    def __init__(self, location: Any) -> None:
-        if not isinstance(location, LocalStore):
-            return
-        self._descriptor = os.open(location.root, os.O_RDONLY)
+    def __init__(self, folder: Path, key: str, error: type[UserError]) -> None:
+        """key: the setting that names the folder, for the message."""
+        self._descriptor = os.open(folder, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
             while not self._taken():
                 if time.monotonic() > deadline:
-                    raise StoreError(f"store.path: another run is writing {location.root}; wait for it, or stop it")
+                    raise error(f"{key}: another run is writing {folder}; wait for it, or stop it")
                 time.sleep(0.1)
-        except OSError as error:
-            logger.info("store: %s cannot be locked (%s): let no other run write it", location.root, error.strerror)
+        except OSError as failure:
+            logger.info("%s: %s cannot be locked (%s): let no other run write it", key, folder, failure.strerror)
 
     def _taken(self) -> bool:
         try:

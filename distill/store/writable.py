@@ -48,7 +48,7 @@ class WritableStore(Store):
             location = locate(path, options, read_only=False)
             if isinstance(location, LocalStore):
                 location.root.mkdir(parents=True, exist_ok=True)
-            lock = Lock(location)
+            lock = _lock(location)
             if sync(location.exists("commits/zarr.json")):
                 raise StoreError(f"store.path: another run has begun {path} meanwhile; run the same command again")
             for spec in specs:
@@ -67,7 +67,7 @@ class WritableStore(Store):
 
     def lock(self) -> None:
         """Keep other runs out, as long as this object lives. Raises StoreError where another run is writing."""
-        self._lock = Lock(self._group.store)
+        self._lock = _lock(self._group.store)
 
     def write_all(self, name: str, values: NDArray[Any]) -> None:
         """Write a whole array over samples."""
@@ -123,3 +123,8 @@ class WritableStore(Store):
         """The store's folder; None for an object store."""
         store = self._group.store
         return Path(store.root) if isinstance(store, LocalStore) else None
+
+
+def _lock(location: Any) -> Lock | None:
+    """A lock on a store's folder; object stores have none."""
+    return Lock(location.root, "store.path", StoreError) if isinstance(location, LocalStore) else None

@@ -2,7 +2,9 @@
 
 distill.train, distill.hf and loops of one's own share the loss and the model's wiring.
 
-model       find, check, build, sees_neighbours: the student itself
+model       find, check, build: the student itself
+learner     Learner, BatchLoss: from a batch to the sum of its losses
+packing     samples end to end in one row, for the length of a call
 loss        DistillationLoss: divergences between a student's logits and the kept targets
 batches     split, StepBatches: what is trained on, and what each step reads of it
 training    Training: a run and its steps

@@ -14,13 +14,19 @@ from distill.run.processes import obey_parent_only, signals_blocked
 
 
 def split(cache: TeacherCache, config: TrainConfig) -> tuple[TeacherCache, TeacherCache]:
-    """What is trained on, and what is held out. Raises ConfigError where nothing is left to train on."""
+    """What is trained on, and what is held out.
+
+    Raises ConfigError where nothing is left to train on, and DataError where nothing can be measured on what is held
+    out.
+    """
     trained_on, held_out = cache.split(config.evaluation.samples, config.seed)
     if not len(trained_on):
         raise ConfigError(
             f"evaluation.samples: expected fewer than the {len(cache)} samples of {cache.path}, found "
             f"{config.evaluation.samples}: nothing is left to train on"
         )
+    if len(held_out):
+        held_out.check_trained("that are held out")
     return trained_on, held_out
 
 
@@ -31,11 +37,12 @@ class StepBatches:
     """
 
     def __init__(self, cache: TeacherCache, config: TrainConfig, grid: Grid) -> None:
-        """cache: what is trained on. grid: tells which worker's share to read."""
+        """cache: what is trained on. grid: tells which worker's share to read.
+
+        Raises DataError where nothing can be learned from it.
+        """
         batch = config.batch
-        self._batches = cache.shuffled(
-            batch.samples, config.seed, grid.rank, grid.world_size, batch.packed, batch.window_blocks
-        )
+        self._batches = cache.shuffled(batch.samples, config.seed, grid.rank, grid.world_size, batch.window_blocks)
         self._config = config
         self._per_epoch = self._batches.batches_per_epoch(config.batch.readers)  # micro-batches
         self._steps_per_epoch = -(-self._per_epoch // config.batch.accumulate)
@@ -70,7 +77,7 @@ class StepBatches:
                 with signals_blocked():
                     iterator = iter(loader)
                 for batch in iterator:
-                    yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+                    yield Batch({name: values.to(device, non_blocking=True) for name, values in batch.items()})
             except StoreError as error:  # from a reader, with the reader's traceback as its message
                 raise StoreError(str(error).strip().rpartition("StoreError: ")[2]) from error
             epoch, within = epoch + 1, 0

@@ -22,10 +22,23 @@ from distill.errors import ConfigError
 from distill.reading.cache import TeacherCache
 from distill.run.nodes import PROBE
 from distill.store.fingerprint import differences
+from distill.store.location import Lock
 from distill.teacher.source import Source
 
 _KEPT = 2
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def lock_output(output: Path) -> Lock:
+    """Create the folder of a run where there is none, and keep other runs out as long as what is returned lives.
+
+    Raises ConfigError where another run is writing there, or the folder cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        return Lock(output, "output", ConfigError)
+    except OSError as error:
+        raise ConfigError(f"output: cannot write {output}: {error.strerror}") from error
 
 
 def settings_of(
@@ -50,11 +63,13 @@ class Checkpoints:
     latest, step: the newest whole one and its step; None and 0 where there is none
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, settings: Mapping[str, Any], lock: Lock | None = None) -> None:
         """Look for what an earlier start of this run has left in `output`.
 
+        lock: of `output`, held as long as this object lives.
         Raises ConfigError for a checkpoint of a run with other `settings`, and for a folder that is not a run's.
         """
+        self._lock = lock
         self._folder, self._settings = output / "checkpoints", dict(settings)
         found = self._whole()
         self.latest, self.step = (found[-1] if found else None), 0

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.errors import ConfigError
 
 _LEAST_LOGPROB = -100.0
+_LEAST_MASS = 1e-30  # of the rest: a gradient is divided by it
 _TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob", "next_tokens")
 
 
@@ -94,7 +95,8 @@ class DistillationLoss:
         """The teacher's distribution at this temperature, for a student with `vocab_size` ids.
 
         rows: of a batch, [N, ...]. The mass of kept ids that the student lacks (padding of the teacher's softmax) is
-        added to the tail.
+        added to the tail. A row of which the student knows no kept id has an event without mass, and all in the tail;
+        where there is no tail, its target means nothing, and `per_row` leaves it out.
         """
         at_one, t = list(temperatures).index(1.0), self.temperature
         ids, logprobs = rows["target_ids"], rows["target_logprobs"]
@@ -109,9 +111,11 @@ class DistillationLoss:
             if tail is not None:
                 tail = torch.logaddexp(tail, logprobs.masked_fill(~unknown, -torch.inf).logsumexp(dim=1))
             logprobs = logprobs.masked_fill(unknown, -torch.inf)
-            ids = torch.where(unknown, ids.masked_fill(unknown, vocab_size).min(dim=1, keepdim=True).values, ids)
+            spare = ids.masked_fill(unknown, vocab_size).min(dim=1, keepdim=True).values
+            ids = torch.where(unknown, torch.where(spare < vocab_size, spare, 0), ids)
         if tail is None:
-            return Target(ids, logprobs.log_softmax(dim=1))
+            nothing = (logprobs == -torch.inf).all(dim=1, keepdim=True)
+            return Target(ids, logprobs.masked_fill(nothing, 0.0).log_softmax(dim=1))
         # Stored values are rounded. Scale them to a sum of exactly 1: then the divergence is least where q is p.
         events = torch.cat([logprobs, tail[:, None]], dim=1).log_softmax(dim=1)
         logprobs, tail = events[:, :-1], events[:, -1:]
@@ -131,14 +135,21 @@ class DistillationLoss:
         )
 
     def per_row(self, logits: Tensor, rows: Mapping[str, Tensor], temperatures: Sequence[float]) -> Tensor:
-        """The loss of each row, [N] float32: logits [N, V] of any float dtype, rows of a batch [N, ...]."""
+        """The loss of each row, [N] float32: logits [N, V] of any float dtype, rows of a batch [N, ...].
+
+        The divergence of a row of which the student knows no kept id is 0 with bucket, where both say "any other id",
+        and with renormalize, which leaves nothing to learn from it; with ground_truth the next token has all mass.
+        """
         logits = logits.float()
         loss = logits.new_zeros(len(logits))
         if self.alpha > 0:
             target = self.target(rows, temperatures, logits.shape[1])
             divergence = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jensen_shannon": jensen_shannon}
             scaled = logits if self.temperature == 1 else logits / self.temperature
-            loss = self.alpha * self.temperature**2 * divergence[self.divergence](scaled, target)
+            found = divergence[self.divergence](scaled, target)
+            if self.tail != "ground_truth":
+                found = torch.where((rows["target_ids"] < logits.shape[1]).any(dim=1), found, 0.0)
+            loss = self.alpha * self.temperature**2 * found
         if self.alpha < 1:
             loss = loss - (1 - self.alpha) * log_softmax_at(logits, rows["next_tokens"][:, None])[:, 0]
         return loss
@@ -192,7 +203,8 @@ def reverse_kl(logits: Tensor, target: Target) -> Tensor:
 def jensen_shannon(logits: Tensor, target: Target) -> Tensor:
     """[N]: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2."""
     logprobs, q = _events(logits, target)
-    mixture = torch.logaddexp(logprobs, q) - math.log(2)
+    neither = (logprobs == -torch.inf) & (q == -torch.inf)  # logaddexp has no gradient there
+    mixture = torch.logaddexp(logprobs.masked_fill(neither, 0.0), q.masked_fill(neither, 0.0)) - math.log(2)
     return (_expected(logprobs, logprobs - mixture) + _expected(q, q - mixture)) / 2
 
 
@@ -224,7 +236,7 @@ class _EventLogprobs(torch.autograd.Function):
         rest = total = powers.sum(dim=1, keepdim=True)
         if with_rest:
             powers.scatter_(1, ids, 0.0)
-            rest = powers.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+            rest = powers.sum(dim=1, keepdim=True).clamp_(min=_LEAST_MASS)
         logprobs = kept - total.log()
         ctx.save_for_backward(powers, ids, logprobs, rest, total)
         ctx.with_rest = with_rest
@@ -249,5 +261,9 @@ def _event_logprobs(logits: Tensor, ids: Tensor, with_rest: bool) -> Tensor:
 
 
 def _expected(logprobs: Tensor, values: Tensor) -> Tensor:
-    """[N]: sum over events of exp(logprobs) * values; events of probability 0 add nothing."""
-    return torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * values).sum(dim=1)
+    """[N]: sum over events of exp(logprobs) * values; events of probability 0 add nothing, and no gradient.
+
+    They are taken out before they are multiplied: of 0 * -inf a mask would hide the value, not the gradient.
+    """
+    none = logprobs == -torch.inf
+    return (logprobs.masked_fill(none, 0.0).exp() * values.masked_fill(none, 0.0)).sum(dim=1)

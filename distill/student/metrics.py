@@ -5,6 +5,7 @@ Runs are comparable where they held out the same samples: the same store, seed a
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ _SHOWN |= {"calibration_error": "calibration error"}
 
 
 class Metrics:
-    """One JSON object per line in ``<output>/metrics.jsonl``: {step, loss, ...} of a step, {step, held_out: {...}}."""
+    """One JSON object per line in ``<output>/metrics.jsonl``: {step, loss, ...} of a step, {step, held_out: {...}}.
+
+    A held-out figure that is not finite is null: an infinite divergence, of a student that never says some token.
+    """
 
     def __init__(self, output: Path, step: int, visible: bool) -> None:
         """Continue after `step`. Lines of later steps are dropped: these steps are done again."""
@@ -27,7 +31,7 @@ class Metrics:
             return
         output.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(self._file) if line["step"] <= step and step > 0]
-        self._file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        self._file.write_text("".join(map(_line, kept)))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -38,7 +42,7 @@ class Metrics:
         if not self._visible:
             return
         with self._file.open("a") as file:
-            file.write(f"{json.dumps(values)}\n")
+            file.write(_line(values))
         if self._board is not None:
             flat = {k: v for k, v in values.items() if k not in ("step", "held_out")}
             flat |= {f"held_out/{name}": value for name, value in values.get("held_out", {}).items()}
@@ -50,6 +54,17 @@ class Metrics:
 def evaluations(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file with held-out figures, first to last."""
     return [line for line in _lines(file) if "held_out" in line]
+
+
+def _line(values: dict[str, Any]) -> str:
+    """A line of JSON, which has no numbers that are not finite: they are null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(part) for name, part in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(values), allow_nan=False) + "\n"
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -66,8 +81,12 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
     tokens = next(iter(columns.values()))["tokens"]
     lines = [f"{f'held out, {tokens:,} tokens':28}" + "".join(f"{name:>{width}}" for name in columns)]
     for figure, words in _SHOWN.items():
-        lines.append(f"{words:28}" + "".join(f"{found[figure]:>{width}.4f}" for found in columns.values()))
+        lines.append(f"{words:28}" + "".join(_shown(found[figure]).rjust(width) for found in columns.values()))
     return "\n".join(lines)
+
+
+def _shown(figure: float | None) -> str:
+    return "inf/nan" if figure is None or not math.isfinite(figure) else f"{figure:.4f}"
 
 
 def summary(output: Path) -> str:

@@ -1,10 +1,6 @@
-"""The student: built from the teacher or another checkpoint, joined with the loss, and saved.
+"""The student: found, built from the teacher or another checkpoint, compared with a cache, and saved."""
 
-V the student's vocabulary, H its hidden size, N rows.
-"""
-
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,6 @@ from distill.student.loss import DistillationLoss
 from distill.teacher import adapter
 from distill.teacher.pipeline import decoder_layers
 from distill.teacher.source import Source, locate
-
-logger = logging.getLogger(__name__)
-
-Measure = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-_CHUNK_TOKENS = 1024
 
 
 def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
@@ -130,68 +121,6 @@ def check(source: Source, loss: DistillationLoss, cache: Any) -> None:
             f"student.model: expected a context of at least {cache.max_length} tokens, the longest sample of "
             f"{cache.path}, found {context}"
         )
-
-
-class Learner(nn.Module):
-    """A student and its loss as one module: from a batch to the sum of its losses."""
-
-    def __init__(self, model: Any, loss: DistillationLoss, temperatures: Sequence[float]) -> None:
-        super().__init__()
-        self.model, self._loss, self._temperatures = model, loss, list(temperatures)
-        self._sliced = _head_is_all(model)
-        if not self._sliced:
-            logger.info(
-                "student: its output head cannot run in chunks, so that all logits of a batch are in memory at once"
-            )
-
-    def forward(self, batch: Mapping[str, Tensor], measure: Measure | None = None) -> Tensor:
-        """The sum of the loss over the positions in the batch's loss_mask, a float32 scalar; or the sum of `measure`.
-
-        measure: from logits [n, V] and the same positions of the batch [n, ...] to a tensor of sums
-        """
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        if self._sliced:
-            hidden, head = self.model.base_model(**inputs).last_hidden_state, self.model.get_output_embeddings()
-        else:
-            hidden, head = self.model(**inputs).logits, nn.Identity()
-        if measure is None:
-            return self._loss.from_hidden(hidden, head, batch, self._temperatures)
-        mask = batch["loss_mask"] if batch["loss_mask"].any() else torch.ones_like(batch["loss_mask"])
-        parts = hidden[mask].split(_CHUNK_TOKENS)
-        rows = {name: values[mask] for name, values in batch.items() if name not in ("sample", "loss_mask")}
-        sums = [
-            measure(head(part).float(), {k: v[i * _CHUNK_TOKENS : (i + 1) * _CHUNK_TOKENS] for k, v in rows.items()})
-            for i, part in enumerate(parts)
-        ]
-        return torch.stack(sums).sum(dim=0) * batch["loss_mask"].any()
-
-
-@torch.no_grad()
-def _head_is_all(model: Any) -> bool:
-    """Whether the logits are the output head of the last hidden states and no more: no soft-capping, no scale."""
-    head = model.get_output_embeddings()
-    if model.base_model is model or not isinstance(head, nn.Linear):
-        return False
-    training = model.training
-    model.eval()
-    ids = torch.arange(8)[None] % head.weight.shape[0]
-    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    theirs = model(input_ids=ids, use_cache=False).logits
-    model.train(training)
-    return bool(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())))
-
-
-@torch.no_grad()
-def sees_neighbours(model: Any) -> bool:
-    """Whether the logits of a sample depend on the sample before it in its row."""
-    ids = torch.arange(12, device=model.device)[None]
-    positions = torch.cat([ids[:, :5], ids[:, :7]], dim=1)
-    rows = (ids, torch.cat([ids[:, :5] + 12, ids[:, 5:]], dim=1))
-    training = model.training
-    model.eval()
-    a, b = (model(input_ids=row, position_ids=positions, use_cache=False).logits[:, 5:].float() for row in rows)
-    model.train(training)
-    return not torch.allclose(a, b, rtol=0, atol=max(1e-4, torch.finfo(model.dtype).eps) * float(a.abs().max()))
 
 
 def save(module: nn.Module, model: Any, tokenizer: Any, folder: Path) -> None:

@@ -10,16 +10,17 @@ import torch
 import torch.distributed as dist
 
 from distill.config import TrainConfig
-from distill.errors import ConfigError
+from distill.errors import NumericalError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch
 from distill.run.session import Session
 from distill.run.watch import Watch
 from distill.student.checkpoint import Checkpoints
 from distill.student.evaluate import evaluate
+from distill.student.learner import Learner
 from distill.student.loss import DistillationLoss
 from distill.student.metrics import Metrics
-from distill.student.model import Learner, save, sees_neighbours
+from distill.student.model import save
 from distill.student.optimizer import accumulate, clip, optimizer_of, precision, summed, wrap
 
 
@@ -39,13 +40,8 @@ class Training:
         total_steps: int,
         device: torch.device,
     ) -> None:
-        """Begin, or continue from the latest checkpoint. model: the student.
-
-        Raises ConfigError where samples of one row would see each other in this student.
-        """
-        learner = Learner(model, loss, held_out.temperatures)
-        if config.batch.packed and sees_neighbours(model):
-            raise ConfigError("batch.packed: expected false for this student: samples in one row would see each other")
+        """Begin, or continue from the latest checkpoint. model: the student."""
+        learner = Learner(model, loss, held_out.temperatures, config.batch.packed)
         model.train()
         on_gpu = config.autocast == "auto" and device.type == "cuda"
         self._dtype = torch.bfloat16 if on_gpu or config.autocast == "bfloat16" else torch.float32
@@ -77,6 +73,7 @@ class Training:
                 self._evaluate()
             if last or stopping or self.step % config.checkpoint_every == 0:
                 watch.rest()
+                self._check_weights()
                 self._checkpoints.save(self.step, self._module, self._optimizer, self._scheduler)
                 watch.beat()
             bar.step(f"loss {loss:.3f}")  # after the checkpoint, which is written even if the console is gone
@@ -90,12 +87,16 @@ class Training:
         bar.close()
 
     def _take_step(self, parts: list[Batch]) -> float:
-        """One optimizer step; returns the loss. Raises FloatingPointError, before a weight changes."""
+        """One optimizer step; returns the loss.
+
+        Raises NumericalError where loss or gradient are not finite, before a weight changes.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         mean, tokens = accumulate(self._module, parts, dist.get_world_size(), self._device, self._dtype)
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss is {mean} at step {self.step + 1}")
         norm = clip(self._module, self._config.optimizer.clip)
+        for name, value in (("loss", mean), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                raise NumericalError(f"step {self.step + 1}: the {name} is {value}; no weight was changed by it")
         rate = self._scheduler.get_last_lr()[0]
         self._optimizer.step()
         self._scheduler.step()
@@ -103,6 +104,12 @@ class Training:
         figures = {"step": self.step, "loss": mean, "tokens": tokens, "learning_rate": rate, "grad_norm": norm}
         self._metrics.add(figures)
         return mean
+
+    def _check_weights(self) -> None:
+        """Raise NumericalError where a step has made a weight NaN or infinite: what is kept is always finite."""
+        local = (getattr(weight, "to_local", lambda weight=weight: weight)() for weight in self._module.parameters())
+        if summed(sum(int((~weight.detach().isfinite()).sum()) for weight in local), self._device):
+            raise NumericalError(f"after step {self.step} weights are NaN or infinite; no checkpoint of it was written")
 
     def _evaluate(self) -> None:
         """Measure the student on what is held out, if anything is."""

@@ -56,7 +56,7 @@ def inputs(sizes: dict[str, int], device: torch.device) -> tuple[Tensor, torch.n
         "next_tokens": torch.randint(sizes["vocabulary"], (1, n)),
         "loss_mask": torch.ones(1, n, dtype=torch.bool),
     }
-    return hidden, head, {name: values.to(device) for name, values in batch.items()}
+    return hidden, head, Batch({name: values.to(device) for name, values in batch.items()})
 
 
 def measure(way: str, sizes: dict[str, int]) -> dict[str, float]:

@@ -208,6 +208,130 @@ def test_extreme_logits_stay_finite():
         assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(
+    ("divergence", "tail", "said_by_teacher"),
+    [
+        ("forward_kl", "bucket", False),  # infinite otherwise, as it should be
+        ("forward_kl", "renormalize", False),
+        ("forward_kl", "ground_truth", False),
+        ("reverse_kl", "bucket", False),
+        ("reverse_kl", "bucket", True),
+        ("jensen_shannon", "bucket", False),
+        ("jensen_shannon", "bucket", True),
+    ],
+)
+def test_ids_that_the_student_never_says(divergence, tail, said_by_teacher, temperature, alpha):
+    """Logits of -inf (a masked vocabulary), of kept ids and of others: values and gradients over the ids that are left.
+
+    said_by_teacher: the teacher gives the kept ones among them some probability.
+    """
+    loss = DistillationLoss(divergence, tail, temperature, alpha)
+    _, rows = teacher_rows()
+    masked = torch.zeros(N, V, dtype=torch.bool)
+    masked[:, -5:] = True
+    masked.scatter_(1, rows["target_ids"], False)
+    masked.scatter_(1, rows["next_tokens"][:, None], False)
+    never = rows["target_ids"][:, -2:]
+    rows["next_tokens"] = torch.where((never == rows["next_tokens"][:, None]).any(dim=1), 0, rows["next_tokens"])
+    masked.scatter_(1, never, True)
+    masked[:, 0] = False
+    if not said_by_teacher:
+        rows["target_logprobs"][:, -2:] = torch.where(never == 0, rows["target_logprobs"][:, -2:], -torch.inf)
+    logits = student_logits().detach().masked_fill(masked, -torch.inf).requires_grad_()
+    found = loss.per_row(logits, rows, TEMPERATURES)
+    weights = torch.linspace(0.5, 2.0, N)
+    (found * weights).sum().backward()
+
+    theirs = logits.detach().double().masked_fill(masked, 0.0).requires_grad_()
+    target = loss.target(rows, TEMPERATURES, V)
+    values = []
+    for row in range(N):  # by hand: sums over the events that have a probability, over the logits that are left
+        left = (~masked[row]).nonzero()[:, 0]
+        log_q = torch.full((V,), -torch.inf, dtype=torch.float64)
+        log_q = log_q.scatter(0, left, (theirs[row, left] / temperature).log_softmax(dim=0))
+        ids, log_p = target.ids[row], target.logprobs[row].double()
+        events = [(log_p[i], log_q[ids[i]], not masked[row, ids[i]]) for i in range(len(ids))]
+        if target.tail is not None:
+            rest = [int(j) for j in left if j not in ids]
+            events.append((target.tail[row].double(), log_q[rest].logsumexp(dim=0), True))
+        value = torch.zeros((), dtype=torch.float64)
+        for p, q, said in events:
+            if divergence == "forward_kl" and p > -torch.inf:
+                value = value + p.exp() * (p - q)
+            elif divergence == "reverse_kl" and said:
+                value = value + q.exp() * (q - p.clamp(min=-100.0))
+            elif divergence == "jensen_shannon":
+                mean = ((p.exp() + q.exp()) / 2 if said else p.exp() / 2).log()
+                value = value + (p.exp() * (p - mean) / 2 if p > -torch.inf else 0)
+                value = value + (q.exp() * (q - mean) / 2 if said else 0)
+        cross_entropy = -theirs[row, left].log_softmax(dim=0)[(left == rows["next_tokens"][row]).nonzero()[0, 0]]
+        values.append(alpha * temperature**2 * value + (1 - alpha) * cross_entropy)
+    expected = torch.stack(values)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    (expected * weights.double()).sum().backward()
+    assert (logits.grad[masked] == 0).all()
+    torch.testing.assert_close(logits.grad.double(), theirs.grad.double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_a_student_that_says_nothing_but_the_kept_ids(divergence):
+    _, rows = teacher_rows(scale=0.1)  # nearly all mass is in the tail
+    outside = torch.ones(N, V, dtype=torch.bool).scatter_(1, rows["target_ids"], False)
+    logits = student_logits().detach().masked_fill(outside, -torch.inf).requires_grad_()
+    loss = DistillationLoss(divergence, temperature=2.5).per_row(logits, rows, TEMPERATURES)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(
+    ("divergence", "tail"),
+    [
+        ("forward_kl", "bucket"),
+        ("forward_kl", "renormalize"),
+        ("forward_kl", "ground_truth"),
+        ("reverse_kl", "bucket"),
+        ("jensen_shannon", "bucket"),
+    ],
+)
+def test_rows_of_which_the_student_knows_no_id(divergence, tail, temperature):
+    """A padded teacher with few kept ids. One row is such, the others are as they were."""
+    _, rows = teacher_rows()
+    loss = DistillationLoss(divergence, tail, temperature)
+    whole = student_logits()
+    usual = loss.per_row(whole, rows, TEMPERATURES)
+    usual[[0, *range(2, N)]].sum().backward()
+    rows["target_ids"] = rows["target_ids"].clone()
+    rows["target_ids"][1] = V + torch.arange(K)
+    logits = student_logits()
+    found = loss.per_row(logits, rows, TEMPERATURES)
+    torch.testing.assert_close(found[[0, *range(2, N)]], usual[[0, *range(2, N)]])
+    found[[0, *range(2, N)]].sum().backward()
+    torch.testing.assert_close(logits.grad, whole.grad)
+
+    one = student_logits()
+    (row,) = loss.per_row(one[1:2], {name: values[1:2] for name, values in rows.items()}, TEMPERATURES)
+    row.backward()
+    if tail == "ground_truth":  # the next token has all of the mass
+        by_hand = student_logits()
+        scaled = by_hand[1:2] / temperature
+        expected = temperature**2 * nn.functional.cross_entropy(scaled, rows["next_tokens"][1:2])
+        expected.backward()
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.grad, by_hand.grad, atol=1e-5, rtol=1e-5)
+    else:
+        assert row == 0
+        assert (one.grad == 0).all()
+        target = loss.target({name: values[1:2] for name, values in rows.items()}, TEMPERATURES, V)
+        if tail == "bucket":
+            assert target.tail is not None
+            torch.testing.assert_close(target.tail, torch.zeros(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(row, found[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

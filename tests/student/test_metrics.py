@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.student.metrics import Metrics
+from distill.student.metrics import Metrics, summary
 
 
 def test_what_is_measured_again_replaces_what_was(tmp_path: Path) -> None:
@@ -28,3 +28,22 @@ def test_what_is_measured_again_replaces_what_was(tmp_path: Path) -> None:
 def test_workers_but_the_first_keep_nothing(tmp_path: Path) -> None:
     Metrics(tmp_path / "out", 0, visible=False).add({"step": 1, "loss": 1.0})
     assert not (tmp_path / "out").exists()
+
+
+def test_every_line_is_json(tmp_path: Path) -> None:
+    """Also with figures that are not finite, and after a restart of a run that has written such."""
+
+    def no_number(word: str) -> None:
+        raise AssertionError(word)
+
+    held_out = {"tokens": 3, "cross_entropy": float("inf"), "kl": float("nan"), "top1_agreement": 0.5}
+    Metrics(tmp_path, 0, visible=True).add({"step": 1, "held_out": {**held_out, "calibration_error": 0.25}})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": NaN}\n')  # as it was written once
+    Metrics(tmp_path, 2, visible=True).add({"step": 3, "loss": float("-inf")})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=no_number) for line in text.splitlines()]
+    assert [line.get("loss") for line in lines] == [None, None, None]
+    assert lines[0]["held_out"] == {**held_out, "cross_entropy": None, "kl": None, "calibration_error": 0.25}
+    assert "inf/nan" in summary(tmp_path)
+    assert "0.5000" in summary(tmp_path)

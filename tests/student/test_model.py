@@ -1,4 +1,4 @@
-"""Building a student, checking it against a cache, packing, and what a Learner computes."""
+"""Building a student, checking it against a cache, and what it is measured by."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,42 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from distill import DistillationLoss, TeacherCache, collate
+from distill import DistillationLoss, Learner, TeacherCache, collate
 from distill.config import StudentConfig
 from distill.errors import ConfigError
 from distill.student.evaluate import BINS, measured, summarize
-from distill.student.model import Learner, build, check, find, sees_neighbours, shortened
+from distill.student.model import build, check, find, shortened
 from tests.support import build_model, generate, make_tokenizer
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gemma3_softcapped", "gpt2", "mixtral", "cohere"])
-def test_packed_samples_do_not_see_each_other(name: str, small_store: Path) -> None:
-    cache = TeacherCache(str(small_store))
-    samples = [cache[0], *[sample for sample in cache[:60] if len(sample["tokens"]) < 45]]
-    learner = Learner(build_model(name), DistillationLoss(alpha=0.5), cache.temperatures)
-    assert not sees_neighbours(learner.model)
-    apart, packed = (collate(samples, packed=packed) for packed in (False, True))
-    assert packed["input_ids"].numel() < apart["input_ids"].numel()
-    losses = []
-    for batch in (apart, packed):
-        learner.zero_grad()
-        loss = learner(batch)
-        loss.backward()
-        losses.append((loss.item(), learner.model.get_input_embeddings().weight.grad.norm().item()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_student_that_cannot_pack_is_noticed(dtype: torch.dtype) -> None:
-    model = build_model("llama").to(dtype)
-    assert not sees_neighbours(model)
-    plain = model.forward
-
-    def blind(position_ids: Any = None, **inputs: Any) -> Any:
-        return plain(**inputs)
-
-    model.forward = blind
-    assert sees_neighbours(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
@@ -95,12 +65,6 @@ def test_students_that_cannot_learn_from_a_cache(small_store: Path) -> None:
         check(source(context=64), DistillationLoss(), cache)
     with pytest.raises(ConfigError, match=r"loss\.temperature: expected one of \[1\.0, 2\.0\]"):
         check(source(), DistillationLoss(temperature=3.0), cache)
-
-
-def test_logits_that_are_more_than_a_head() -> None:
-    assert Learner(build_model("llama"), DistillationLoss(), [1.0])._sliced
-    assert not Learner(build_model("gemma3_softcapped"), DistillationLoss(), [1.0])._sliced
-    assert not Learner(build_model("cohere"), DistillationLoss(), [1.0])._sliced
 
 
 def test_figures_of_an_evaluation() -> None:
