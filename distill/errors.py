@@ -7,6 +7,7 @@ DistillError
 │   ├── TeacherError   the model, its tokenizer or its device
 │   └── StoreError     the store: not one, another run's, damaged, unwritable
 ├── NumericalError     NaN or infinite: a teacher's logits, a student's loss, gradient or weights: exit status 1
+├── ReaderError        a process that reads batches is gone: exit status 1
 └── PeerError          other workers hang or are gone: exit status 1
 
 A message says what was expected, what was found, and where: key, file, sample or block.
@@ -43,6 +44,10 @@ class StoreError(UserError):
 
 class NumericalError(DistillError, ArithmeticError):
     """A teacher's logits are NaN or infinite, or a student's loss, gradient or weights."""
+
+
+class ReaderError(DistillError, RuntimeError):
+    """A process that reads batches is gone."""
 
 
 class PeerError(DistillError, RuntimeError):

@@ -11,10 +11,11 @@ With a Trainer of your own: ``class Mine(DistillationTrainer, MyTrainer)``.
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
@@ -105,6 +106,20 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """The DataLoader of this TeacherCache; by default of eval_dataset, by name if that is a dict."""
         known = isinstance(eval_dataset, str | ConcatDataset | None)
         return super().get_eval_dataloader(eval_dataset if known else self._padded(eval_dataset))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(self._lengths(train_dataset or self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(self._lengths(eval_dataset))
+
+    def _lengths(self, dataset: Any) -> Any:
+        """What a Trainer's samplers ask of a dataset: how long its samples are, in a column, none of them read."""
+        if getattr(self.args, "train_sampling_strategy", None) not in ("group_by_length", "batch_rebalance"):
+            return dataset
+        parts: list[Any] = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+        lengths = chain(*(part.lengths if isinstance(part, TeacherCache) else [1] * len(part) for part in parts))
+        return datasets.Dataset.from_dict({self.args.length_column_name: list(lengths)})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

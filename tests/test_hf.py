@@ -33,7 +33,7 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         weights = getattr(model, "module", model).named_parameters()
-        self.found = {name: weight.grad.clone() for name, weight in weights}
+        self.found = {name: weight.grad.clone() for name, weight in weights if weight.grad is not None}
 
 
 def some(store: Path, count: int) -> TeacherCache:
@@ -208,3 +208,46 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(small_store: Path, tmp_
     with pytest.raises(NumericalError, match="step 1: the gradient is NaN or infinite"):
         run.train()
     assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_samples_grouped_by_length(strategy: str, small_store: Path, tmp_path: Path) -> None:
+    """Each sample once, those of like length together, and none read to learn how long it is."""
+    cache = TeacherCache(str(small_store))[:200]
+    args = arguments(tmp_path, train_sampling_strategy=strategy, per_device_eval_batch_size=8)
+    run = trainer(tmp_path, cache, args=args, eval_dataset=cache)
+    loaders = [run.get_train_dataloader(), run.get_eval_dataloader()]
+    for loader in loaders:
+        batches = [batch["sample"].tolist() for batch in loader]
+        assert sorted(i for batch in batches for i in batch if i >= 0) == list(range(200))
+    if strategy == "group_by_length":
+        lengths = cache.lengths
+
+        def spread(batches: list[list[int]]) -> int:
+            return sum(max(lengths[i] for i in b if i >= 0) - min(lengths[i] for i in b if i >= 0) for b in batches)
+
+        assert spread(batches) < 0.5 * spread([list(range(first, first + 8)) for first in range(0, 200, 8)])
+    total, count = dense(run.model, list(cache), cache.temperatures)
+    assert run.evaluate()["eval_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft's
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_student_with_adapters(packed: bool, small_store: Path, tmp_path: Path) -> None:
+    import peft
+
+    cache = some(small_store, 4)
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build_model("llama"), settings)
+    total, count = dense(model, list(cache), cache.temperatures)
+    (total / count).backward()
+    expected = {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
+    assert expected
+    model.zero_grad()
+    frozen = {name: w.clone() for name, w in model.named_parameters() if not w.requires_grad}
+    gradients = Gradients()
+    run = trainer(tmp_path, cache, model, packed=packed, callbacks=[gradients], eval_dataset=cache)
+    assert run.evaluate()["eval_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert run.train().training_loss == pytest.approx((total / count).item(), rel=1e-5)
+    torch.testing.assert_close(gradients.found, expected, rtol=1e-4, atol=1e-5)
+    assert all(w.equal(frozen[name]) for name, w in model.named_parameters() if name in frozen)

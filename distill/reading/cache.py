@@ -74,6 +74,11 @@ class TeacherCache(Dataset[Sample]):
         return int(self._index.lengths.max(initial=0))
 
     @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each sample."""
+        return [int(length) for length in self._index.lengths]
+
+    @property
     def num_tokens(self) -> int:
         """The number of tokens of all samples."""
         return int(self._index.lengths.sum(dtype=np.int64))

@@ -9,7 +9,8 @@
 Everything follows from (seed, epoch, ranks, workers): an epoch is resumed in its middle by arithmetic, not by replay.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from distill.errors import ConfigError
 from distill.reading.samples import Batch, RowReader, Rows, Sample, as_stored, collate, empty_sample
 
 
@@ -58,12 +60,34 @@ class ShuffledBatches(IterableDataset[Batch]):
         self._reader, self._index = reader, index
         self._batch_size, self._seed, self._window_blocks = batch_size, seed, window_blocks
         self._rank, self._world_size = rank, world_size
+        self._started: tuple[int, int] | None = None  # epoch and batch, in this process
+        self._taken = 0  # batches since then
+        self._resumed: dict[str, int] | None = None
         # Shared, so that DataLoader workers that live for several epochs see what set_epoch says.
         self._where = torch.zeros(2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int, batch: int = 0) -> None:
-        """Let the next iteration begin with this rank's batch number `batch` of the epoch."""
+        """Let the next iteration begin with this rank's batch number `batch` of the epoch.
+
+        Raises ConfigError where accelerate calls it, whose loaders do so as each epoch begins.
+        """
+        if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] == "accelerate":
+            raise ConfigError(
+                "accelerator.prepare: expected no loader of ShuffledBatches, found one: accelerate would share out "
+                "again what is the rank's own already, and lose the rest. Give rank and world_size to "
+                "TeacherCache.shuffled, prepare model and optimizer only, and move the batches to accelerator.device"
+            )
         self._where.copy_(torch.tensor([epoch, batch]))
+        self._started, self._taken, self._resumed = None, 0, None
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iteration in this process is: for torchdata's StatefulDataLoader, which asks in each worker."""
+        epoch, batch = self._started or map(int, self._where)
+        return {"epoch": epoch, "batch": batch, "taken": self._taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Let the next iteration in this process, the same worker of as many, begin where `state_dict` was."""
+        self._resumed = dict(state)
 
     def batches_per_epoch(self, num_workers: int) -> int:
         """The batches that each rank gets in an epoch, with so many DataLoader workers (0: none)."""
@@ -75,17 +99,22 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, done = map(int, self._where)
+        taken = 0
+        if self._resumed is not None:
+            (epoch, done, taken), self._resumed = (self._resumed[name] for name in ("epoch", "batch", "taken")), None
+        self._started, self._taken = (epoch, done), taken
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         # A DataLoader takes a batch of each worker in turn, beginning with worker 0, also in the middle of an epoch.
         turn = (worker + done) % num_workers
-        skipped = (done - turn + num_workers - 1) // num_workers
+        skipped = (done - turn + num_workers - 1) // num_workers + taken
         run = self._rank * num_workers + turn
         samples = self._samples(epoch, run, self._world_size * num_workers, skipped * self._batch_size)
         attributes = self._reader.store.attributes
         for _ in range(skipped, self._batches_per_run(num_workers)):
             found = list(islice(samples, self._batch_size))
             nothing = [empty_sample(attributes["k"], len(attributes["temperatures"]))]
+            self._taken += 1
             yield collate(found or nothing)
 
     def _samples(self, epoch: int, run: int, num_runs: int, skip: int) -> Iterator[Sample]:

@@ -10,6 +10,7 @@ board      Board, store_of, first_of_node: counters and notes that all workers s
 groups     process_group: of a replica or of a training
 nodes      check_nodes, PROBE: whether all nodes have the same versions, settings and folders
 watch      Watch: which worker hangs
-processes  obey_parent_only, signals_blocked: a DataLoader's readers; and torchrun's other workers
+processes  obey_parent_only, signals_blocked, short_socket_paths, check_readers: a DataLoader's readers; and torchrun's
+           other workers
 device     pick_device, first_device, count_devices, free_bytes
 """

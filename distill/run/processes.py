@@ -5,20 +5,31 @@ A sibling is a worker of the same torchrun, which is the parent of all of them.
 
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+from distill.errors import ReaderError
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """The signals that stop a run."""
 
 _STARTING_SECONDS = 10.0
+_SOCKET_FOLDER = 60  # bytes; multiprocessing adds the names of a folder and a socket
+_WHY = {
+    "SIGKILL": "; where nobody did that, it was the system, for want of memory: fewer batch.readers, a smaller "
+    "batch.window_blocks, or batch.readers=0",
+    "SIGBUS": "; /dev/shm may be full, as it is small in containers: docker's --shm-size, or batch.readers=0",
+}
 
 
 def a_sibling_is_gone() -> bool:
@@ -54,6 +65,32 @@ def _is_ready(pid: str) -> bool:
         return True
     masks = re.findall(r"^Sig(?:Cgt|Ign):\s*(\w+)", status, re.MULTILINE)
     return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
+@contextlib.contextmanager
+def short_socket_paths() -> Iterator[None]:
+    """Start processes with forkserver in this context: its sockets are in /tmp where TMPDIR's path is too long.
+
+    The path of a UNIX socket has at most 107 bytes. multiprocessing makes one folder for all of a process's sockets.
+    """
+    usual = tempfile.gettempdir()
+    try:
+        if len(usual) > _SOCKET_FOLDER:
+            tempfile.tempdir = "/tmp"
+            multiprocessing.util.get_temp_dir()
+        yield
+    finally:
+        tempfile.tempdir = usual
+
+
+def check_readers(readers: Iterable[Any]) -> None:
+    """Raise ReaderError where one of a DataLoader's processes has ended by itself, with what ended it."""
+    for reader in readers:
+        reader.join(0)
+        if reader.exitcode:
+            how = f"exit status {reader.exitcode}" if reader.exitcode > 0 else signal.Signals(-reader.exitcode).name
+            why = _WHY.get(how, "")
+            raise ReaderError(f"a reader (process {reader.pid}) was ended by {how}{why}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What is trained on, and what each optimizer step reads of it: this worker's micro-batches, from any step on."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -10,7 +11,9 @@ from distill.errors import ConfigError, StoreError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch
 from distill.run.grid import Grid
-from distill.run.processes import obey_parent_only, signals_blocked
+from distill.run.processes import check_readers, obey_parent_only, short_socket_paths, signals_blocked
+
+_LOOK_SECONDS = 1  # between two looks at the readers
 
 
 def split(cache: TeacherCache, config: TrainConfig) -> tuple[TeacherCache, TeacherCache]:
@@ -49,7 +52,10 @@ class StepBatches:
         self.total_steps = config.optimizer.steps or config.optimizer.epochs * self._steps_per_epoch
 
     def read(self, step: int, device: torch.device) -> Iterator[list[Batch]]:
-        """The micro-batches, on `device`, of optimizer step `step` (counted from 0), of the next step, and so on."""
+        """The micro-batches, on `device`, of optimizer step `step` (counted from 0), of the next step, and so on.
+
+        Raises StoreError as the readers do, and ReaderError where one of them is gone.
+        """
         stream, accumulate = self._stream(step, device), self._config.batch.accumulate
         for at in range(step, self.total_steps):
             left = self._per_epoch - at % self._steps_per_epoch * accumulate  # the last step of an epoch may have fewer
@@ -73,11 +79,23 @@ class StepBatches:
         epoch, within = divmod(step, self._steps_per_epoch)
         while True:
             self._batches.set_epoch(epoch, within * self._config.batch.accumulate)
-            try:
-                with signals_blocked():
-                    iterator = iter(loader)
-                for batch in iterator:
-                    yield Batch({name: values.to(device, non_blocking=True) for name, values in batch.items()})
-            except StoreError as error:  # from a reader, with the reader's traceback as its message
-                raise StoreError(str(error).strip().rpartition("StoreError: ")[2]) from error
+            with signals_blocked(), short_socket_paths():
+                batches: Any = iter(loader)
+            batches._timeout = _LOOK_SECONDS  # torch looks every 5 s; not the loader's: its readers may start slowly
+            while (batch := _next(batches)) is not None:
+                yield Batch({name: values.to(device, non_blocking=True) for name, values in batch.items()})
+            batches._timeout = 0
             epoch, within = epoch + 1, 0
+
+
+def _next(batches: Any) -> Batch | None:
+    """The next batch, None at the end. A reader that is gone is noticed while others are waited for."""
+    while True:
+        try:
+            return next(batches, None)
+        except StoreError as error:  # from a reader, with the reader's traceback as its message
+            raise StoreError(str(error).strip().rpartition("StoreError: ")[2]) from error
+        except RuntimeError as error:
+            check_readers(getattr(batches, "_workers", ()))
+            if "DataLoader timed out" not in str(error):
+                raise

@@ -1,7 +1,9 @@
 """Each sample comes once per epoch for any ranks and workers; all make the same steps; an epoch can be resumed."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill import TeacherCache
+from distill.errors import ConfigError
 from distill.reading.shuffle import ShuffledBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
@@ -51,6 +54,62 @@ def test_an_epoch_goes_on_exactly_where_it_was(small_store: Path, workers: int) 
     whole = seen(batches, workers, epoch=4)
     for done in (1, 2, 4, len(whole) - 1, len(whole)):
         assert seen(batches, workers, epoch=4, batch=done) == whole[done:]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_stateful_loader_goes_on_without_replay(
+    workers: int, done: int, small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchdata's protocol: state_dict in a worker after a batch; load_state_dict in a new one, before it iterates."""
+    cache = TeacherCache(str(small_store))[:150]
+
+    def worker_of(i: int) -> ShuffledBatches:
+        monkeypatch.setattr(
+            "distill.reading.shuffle.get_worker_info", lambda: SimpleNamespace(id=i, num_workers=workers)
+        )
+        return shuffled(cache, 1, 2)
+
+    for i in range(workers):
+        batches = worker_of(i)
+        batches.set_epoch(4, done)
+        stream, states, numbers = iter(batches), [batches.state_dict()], []
+        for batch in stream:
+            numbers.append(batch["sample"].tolist())
+            states.append(json.loads(json.dumps(batches.state_dict())))
+        assert len(numbers) > 1
+        next_epoch = [batch["sample"].tolist() for batch in batches]
+        for taken, state in enumerate(states):
+            resumed = worker_of(i)
+            resumed.load_state_dict(state)
+            loads: list[int] = []
+            plain = ShuffledBatches._sample
+            monkeypatch.setattr(
+                ShuffledBatches, "_sample", lambda *a, plain=plain, loads=loads: loads.append(1) or plain(*a)
+            )
+            assert [batch["sample"].tolist() for batch in resumed] == numbers[taken:]
+            monkeypatch.setattr(ShuffledBatches, "_sample", plain)
+            assert len(loads) == sum(i >= 0 for batch in numbers[taken:] for i in batch)  # what was seen is not read
+            resumed.set_epoch(4, done)
+            assert [batch["sample"].tolist() for batch in resumed] == next_epoch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dispatch", [None, False, True])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_does_not_share_out_what_is_shared_out(
+    processes: int, dispatch: bool | None, workers: int, small_store: Path
+) -> None:
+    from accelerate.data_loader import prepare_data_loader
+    from accelerate.state import PartialState
+
+    PartialState(cpu=True)
+    loader = DataLoader(shuffled(TeacherCache(str(small_store)), 0, processes), batch_size=None, num_workers=workers)
+    prepared = prepare_data_loader(
+        loader, torch.device("cpu"), processes, 0, put_on_device=True, dispatch_batches=dispatch
+    )
+    with pytest.raises(ConfigError, match=r"accelerator\.prepare: expected no loader of ShuffledBatches, found one"):
+        next(iter(prepared))
 
 
 def test_fewer_samples_than_workers(small_store: Path) -> None:

@@ -1,0 +1,114 @@
+"""What the steps of a run read, on machines as people have them: long TMPDIR, few descriptors, a small /dev/shm."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill import TeacherCache
+from distill.config import CacheConfig, OptimizerConfig, TrainBatchConfig, TrainConfig
+from distill.errors import ReaderError
+from distill.run.grid import Grid
+from distill.student.batches import StepBatches
+from tests.kills import children
+from tests.support import environment
+
+CPU = torch.device("cpu")
+
+
+def steps_of(store: Path, readers: int, samples: int, accumulate: int = 1) -> Any:
+    batch = TrainBatchConfig(readers=readers, samples=samples, accumulate=accumulate)
+    config = TrainConfig(store=CacheConfig(path=str(store)), batch=batch, optimizer=OptimizerConfig(epochs=2))
+    return StepBatches(TeacherCache(config.store.path), config, Grid()).read(0, CPU)
+
+
+def test_many_batches_are_held_with_few_descriptors(
+    small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 150 micro-batches, where TMPDIR is too long for a socket; two epochs of them, and their values."""
+    long = tmp_path / ("x" * 60) / ("y" * 60)
+    long.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, hard))
+    try:
+        found = list(islice(steps_of(small_store, 2, accumulate=150, samples=4), 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [len(step) for step in found] == [150, 146, 150, 146]
+    seen = [
+        sorted({*(i for batch in found[at] + found[at + 1] for i in batch["sample"].tolist())} - {-1}) for at in (0, 2)
+    ]
+    cache = TeacherCache(str(small_store))
+    assert seen[0] == seen[1] == list(range(len(cache)))
+    for batch in found[3][::40]:
+        for row, number in enumerate(batch["sample"].tolist()):
+            sample = cache[number]
+            length = len(sample["tokens"])
+            assert batch["input_ids"][row, :length].equal(sample["tokens"])
+            assert batch["target_logprobs"][row, :length].equal(sample["target_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGKILL, r"was ended by SIGKILL; .* for want of memory: fewer batch\.readers"),
+        (signal.SIGBUS, r"was ended by SIGBUS; /dev/shm may be full.*--shm-size, or batch\.readers=0"),
+    ],
+)
+def test_a_reader_that_is_gone_is_told_at_once(number: int, told: str, small_store: Path) -> None:
+    before = set(children(os.getpid()))
+    steps = steps_of(small_store, 1, samples=1)
+    next(steps)
+    (reader,) = set(children(os.getpid())) - before
+    os.kill(reader, number)
+    killed = time.monotonic()
+    with pytest.raises(ReaderError, match=rf"a reader \(process {reader}\) {told}"):
+        list(steps)
+    assert time.monotonic() - killed < 4
+
+
+_READ = """
+import sys
+from pathlib import Path
+from tests.student.test_batches import steps_of
+step = next(steps_of(sys.argv[1], 1, accumulate=5, samples=200))
+print(sum(values.numel() * values.element_size() for batch in step for values in batch.values()))
+"""
+
+
+def test_a_small_shared_memory(small_store: Path) -> None:
+    """A container's /dev/shm, smaller than a batch."""
+    mount = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    ran = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", _READ, str(small_store)],
+        env=environment(), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 4 << 20
+
+
+def test_readers_behind_a_forkserver_where_tmpdir_is_long(small_store: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 60) / ("y" * 60)
+    long.mkdir(parents=True)
+    script = tmp_path / "script.py"
+    script.write_text(f"if __name__ == '__main__':{_READ.replace(chr(10), chr(10) + '    ')}")
+    ran = subprocess.run(
+        [sys.executable, str(script), f"file://{small_store}"], env={**environment(), "TMPDIR": str(long)},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 4 << 20
