@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from distill.config import GenerateConfig
 from distill.data.show import marked
 from distill.errors import ConfigError, UserError
-from distill.run.log import print_anything
+from distill.run.log import adapt_to_machine
 from distill.settings import expand, load
 from distill.store.store import Store
 from distill.student.metrics import is_run, side_by_side
@@ -32,7 +32,7 @@ _SHOWN_IDS = 5
 
 def main(arguments: Sequence[str]) -> int:
     """Print the description of the store, or of the training runs, that are named; return the exit status, 0 or 2."""
-    print_anything()
+    adapt_to_machine()
     if {"--help", "-h"} & {*arguments}:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0

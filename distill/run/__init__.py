@@ -4,7 +4,7 @@ A run is one torchrun: workers with a rank each, on one node or several. This pa
 
 grid       Grid: the ranks, the replicas, and which blocks are whose; refuse_other_launchers
 session    run_worker, Session: how a worker starts, and how it ends; signals and failure reports
-log        open_log, print_anything: the console, and a log file for each worker
+log        open_log, adapt_to_machine: the console, and a log file for each worker
 progress   Bar: a progress bar
 board      Board, store_of, first_of_node: counters and notes that all workers share
 groups     process_group: of a replica or of a training

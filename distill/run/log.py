@@ -8,12 +8,14 @@ import io
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from distill.errors import UserError
+from distill.errors import ConfigError, UserError
+from distill.settings import expand
 
 TAIL_LINES = 10
 _TAIL_BYTES = 1 << 14
@@ -53,11 +55,18 @@ def open_log(folder: str, name: str, rank: int, on_record: Callable[[], None]) -
     return path
 
 
-def print_anything() -> None:
-    """Let print escape what the console cannot show, and not raise: an ASCII terminal, a file name that is no text."""
+def adapt_to_machine() -> None:
+    """Let print escape what an ASCII console cannot show; let caches be in the temporary folder if there is no home.
+
+    Before other libraries are imported: without a home, as containers may be, they would make a folder named ~.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    try:
+        expand("~", "HOME")
+    except ConfigError:
+        os.environ.setdefault("XDG_CACHE_HOME", f"{tempfile.gettempdir()}/cache-{os.getuid()}")
 
 
 def end_of_log(log: Path, start: int = 0) -> str:

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from distill.errors import PeerError, UserError
 from distill.run.grid import Grid
-from distill.run.log import end_of_log, open_log, print_anything
+from distill.run.log import adapt_to_machine, end_of_log, open_log
 from distill.run.processes import STOPS, a_sibling_is_gone, await_siblings
 from distill.run.progress import Bar
 from distill.settings import Config, help_text, load
@@ -215,7 +215,7 @@ def run_worker(
 
     Returns the exit status, as `Session.run` does.
     """
-    print_anything()
+    adapt_to_machine()
     if {"--help", "-h"} & {*arguments}:
         print(help_text(kind, usage))
         return 0

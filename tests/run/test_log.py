@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -26,3 +27,18 @@ def test_a_log_takes_any_text(tmp_path: Path) -> None:
     log.emit(logging.makeLogRecord({"msg": "é of a name that is no text: \udcff"}))
     log.close()
     assert (tmp_path / "log").read_bytes().decode() == "é of a name that is no text: \\udcff\n"
+
+
+def test_without_a_home_caches_are_temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else transformers and datasets make a folder named ~."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "set")  # so that what is set below is taken back
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for home, expected in (("/", None), (None, f"{tmp_path}/cache-{os.getuid()}")):
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # a user whom nobody knows
+        if home:
+            monkeypatch.setenv("HOME", home)
+            monkeypatch.setenv("XDG_CACHE_HOME", "mine")
+        run_worker(GenerateConfig, "x", ["--help"], lambda config, grid, session: None)
+        assert os.environ["XDG_CACHE_HOME"] == (expected or "mine")
