@@ -90,7 +90,8 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             board.meet(f"replica {grid.replica} has loaded", grid.shard_size)  # however long: no collective yet
             watch.follow(model)
             watch.beat()
-            teacher = Teacher(model, device, share)
+            longest = int(job.store.read_all("sample_length").max())
+            teacher = Teacher(model, device, share, longest, config.batch.max_tokens)
             worker = Worker(config, job.store, teacher, board, watch, job.missing, mine)
             session.how_to_go_on = "what is committed stays, and the same command continues from there"
             bar = session.bar(worker.total_tokens, worker.done_tokens, "teacher", "tok", worker.progress)

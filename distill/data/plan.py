@@ -51,19 +51,20 @@ class Plan:
             self.starts // self.block_rows, weights=self.lengths, minlength=self.num_blocks
         ).astype(np.int64)  # fmt: skip
 
-    def batches(self, block: int, max_tokens: int) -> list[list[int]]:
+    def batches(self, block: int, max_tokens: int, switch: int | None = None) -> list[list[int]]:
         """The samples of `block` in batches of similar length, longest first.
 
         A batch padded to its longest sample has at most `max_tokens` tokens (a longer sample is a batch of its own).
         A sample joins a batch only if its padding is at most 1/16 of the longest sample, or 32 tokens: that costs less
-        than another forward pass.
+        than another forward pass. A sample longer than `switch` joins samples of its own length only.
         """
         batches: list[list[int]] = []
         longest = 0
         for sample in sorted(self.samples_of(block), key=lambda sample: -self.lengths[sample]):
             padding = longest - int(self.lengths[sample])
             full = not batches or (len(batches[-1]) + 1) * longest > max_tokens
-            if full or padding > max(32, longest // 16):
+            alone = switch is not None and longest > switch and padding > 0
+            if full or alone or padding > max(32, longest // 16):
                 batches.append([])
                 longest = int(self.lengths[sample])
             batches[-1].append(sample)

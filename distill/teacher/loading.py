@@ -13,7 +13,7 @@ from distill.teacher import adapter
 from distill.teacher.pipeline import Stage
 from distill.teacher.placement import Needs, Placement
 from distill.teacher.share import Shard, Share
-from distill.teacher.source import Source
+from distill.teacher.source import Source, auto_class
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,7 @@ def load(
     rest stays in CPU memory, then on disk, in the folder `offload`.
     Raises TeacherError where transformers cannot load it, weights are missing, or the device's memory is too small.
     """
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
+    loader = needs.model_class if needs.left_out else auto_class(source.model_config)
     share, is_split = Share(), placement.shard_size > 1
     kwargs: dict[str, Any] = {
         "dtype": needs.dtype,
@@ -51,9 +49,12 @@ def load(
     elif placement.mode == "pipeline" and is_split:
         share = Stage(device)
         loader = share.model_class(needs.model_class)
+    if loader is not auto_class(source.model_config):
         del kwargs["trust_remote_code"]
     if source.adapter is not None:
         kwargs |= adapter.UNMERGED
+    if needs.left_out:
+        logger.info("teacher: text needs no %s of it, which is not loaded", ", ".join(needs.left_out))
     try:
         model, info = loader.from_pretrained(source.folder, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distill.errors import TeacherError
 from distill.teacher.share import GroupShare
+from distill.teacher.text import Absent, derived
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +62,7 @@ class Stage(GroupShare):
 
     def model_class(self, base: type) -> type:
         """A subclass of the model's class `base` that keeps only this stage's layers."""
-
-        def init(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-            base.__init__(model, config, *args, **kwargs)  # type: ignore[misc]
-            self._cut(model)
-
-        # transformers finds the renamings of a checkpoint's keys by the name and the module of the class.
-        return type(
-            base.__name__,
-            (base,),
-            {"__init__": init, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]},
-        )
+        return derived(base, self._cut)
 
     def _cut(self, model: Any) -> None:
         """Replace the layers of other stages by modules without weights. Layers keep their numbers."""
@@ -102,7 +93,7 @@ class Stage(GroupShare):
             layers[end].register_forward_pre_hook(self._stop, with_kwargs=True)
         if not self.first:
             if not (tied and self.captures):
-                model.set_input_embeddings(nn.Identity())
+                model.set_input_embeddings(_Unembedded(embedding.weight.shape[1], embedding.weight.dtype))
             layers[begin].register_forward_pre_hook(self._take, with_kwargs=True)
 
     def run(self, module: Any, ids: Tensor) -> Any:
@@ -112,11 +103,10 @@ class Stage(GroupShare):
             self._hidden = torch.empty(*ids.shape, text_config.hidden_size, dtype=module.dtype, device=self.device)
             dist.recv(self._hidden, self.rank - 1)
         try:
-            output = module(use_cache=False, **({"input_ids": ids} if self.first else {"inputs_embeds": self._hidden}))
+            return module(input_ids=ids, use_cache=False)
         except _StageEnd as stopped:
             self._send(stopped.hidden)
             return None
-        return output
 
     def _send(self, hidden: Tensor) -> None:
         """Send hidden states [B, T, H] to the next stage. At most one batch waits to be received."""
@@ -149,14 +139,21 @@ class _StageEnd(Exception):  # noqa: N818
         self.hidden = hidden
 
 
-class _Elsewhere(nn.Module):
-    """Replaces a layer of another stage: it has no weights, but the plain attributes that models look at."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        for name, value in vars(layer).items():
-            if not name.startswith("_") and isinstance(value, int | str | float):
-                setattr(self, name, value)
+class _Elsewhere(Absent):
+    """Replaces a layer of another stage."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What it was given: the layer is not there."""
         return hidden_states
+
+
+class _Unembedded(nn.Module):
+    """Replaces the input embedding on later stages, whose first layer gets its hidden states from the stage before."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._hidden_size, self._dtype = hidden_size, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> zeros [B, T, H]."""
+        return torch.zeros(*ids.shape, self._hidden_size, dtype=self._dtype, device=ids.device)

@@ -14,7 +14,8 @@ from distill.config import ParallelConfig
 from distill.errors import ConfigError, TeacherError
 from distill.run.grid import Grid
 from distill.teacher.pipeline import decoder_layers
-from distill.teacher.source import Source
+from distill.teacher.source import Source, auto_class
+from distill.teacher.text import leave_out, towers, without_towers
 
 _OVERHEAD, _USABLE = 1.1, 0.9
 _GIB = 1 << 30
@@ -51,7 +52,8 @@ class Needs:
     heads:                   the numbers of attention heads and of key-value heads
     dtype:                   of the weights
     tensor_plan:             module -> how tensor parallelism splits it; empty where the model has no plan
-    model_class:             transformers' class of the model
+    model_class:             the class that loads the language model, made from transformers' class of the model
+    left_out:                the parts of a multimodal model that are not loaded: its towers
     quantization:            the method of a quantised checkpoint
     adapted:                 whether an adapter is to be merged into the weights
     """
@@ -65,20 +67,27 @@ class Needs:
     dtype: torch.dtype = torch.float32
     tensor_plan: dict[str, str] = field(default_factory=dict)
     model_class: Any = None
+    left_out: list[str] = field(default_factory=list)
     quantization: str | None = None
     adapted: bool = False
 
     @classmethod
     def of(cls, source: Source, dtype: torch.dtype, max_tokens: int, slice_bytes: int) -> "Needs":
         """Look at the model without its weights. slice_bytes: of the logits that are held at a time."""
-        from transformers import AutoModelForCausalLM
-
         text, model, found = source.text_config, None, None
+        left_out: list[str] = []
+        kept_class, unread = None, 0
         with contextlib.suppress(Exception):  # a model's own code may want its weights; then the model is not split
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
+                model = auto_class(source.model_config).from_config(
                     source.model_config, dtype=dtype, trust_remote_code=source.config.trust_remote_code
                 )
+            whole = _bytes(model, dtype)
+            left_out, kept_class = towers(model), type(model)
+            if left_out:
+                leave_out(model, left_out)
+                kept_class = without_towers(kept_class)
+            unread = whole - _bytes(model, dtype)
             found = decoder_layers(model)
         quantization = getattr(source.model_config, "quantization_config", None)
         if quantization is not None and not isinstance(quantization, dict):
@@ -92,16 +101,17 @@ class Needs:
         heads = _number(text, "num_attention_heads", 1)
         return cls(
             architecture=(source.model_config.architectures or [type(model).__name__])[0],
-            parameters=sum(file.stat().st_size for file in source.weight_files)
+            parameters=sum(file.stat().st_size for file in source.weight_files) - unread
             if quantization or model is None
-            else sum(weight.numel() * dtype.itemsize for weight in model.parameters()),
+            else _bytes(model, dtype),
             activations=max_tokens * 3 * (wide + hidden) * dtype.itemsize + 2 * slice_bytes,
             layers=len(found[1]) if found else 0,
             heads=(heads, _number(text, "num_key_value_heads", heads)),
             vocab_size=source.vocab_size,
             dtype=dtype,
             tensor_plan=_tensor_plan(model) if model is not None else {},
-            model_class=type(model),
+            model_class=kept_class,
+            left_out=left_out,
             quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
             adapted=source.adapter is not None,
         )
@@ -216,6 +226,10 @@ def _tensor_plan(model: Any) -> dict[str, str]:
     if not plan or head is None or embedding is None:
         return {}
     return {embedding: "embedding_rowwise", **plan, head: "colwise"}
+
+
+def _bytes(model: Any, dtype: torch.dtype) -> int:
+    return sum(weight.numel() * dtype.itemsize for weight in model.parameters())
 
 
 def _number(config: Any, name: str, default: int) -> int:

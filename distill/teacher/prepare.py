@@ -31,6 +31,7 @@ from distill.store.fingerprint import differences, summarize
 from distill.store.location import check_writable
 from distill.store.schema import array_specs
 from distill.store.writable import WritableStore
+from distill.teacher.check import rope_switch
 from distill.teacher.model import resolve_dtype, slice_bytes
 from distill.teacher.placement import Needs, Placement, arithmetic, decide
 from distill.teacher.source import Source, locate
@@ -146,6 +147,8 @@ def fingerprint_of(config: GenerateConfig, source: Source, needs: Needs, data: D
         "store.block_rows": config.store.block_rows,
         "store.codec": config.store.codec,
     }
+    if (switch := rope_switch(source.text_config)) is not None:  # it shapes batches
+        settings["batch.rope_switch"] = switch
     outside = {"path", "data_files", "num_proc", "chat_template"}  # their contents are in data.identity
     for section, left_out in (("dataset", outside), ("capture", set())):
         values = vars(getattr(config, section))

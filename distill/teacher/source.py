@@ -95,7 +95,6 @@ def locate(config: TeacherConfig) -> Source:
     Raises TeacherError for a folder or id that is missing, not a causal language model, or without a tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = demo.folder() if config.model == "demo" else _resolve(config.model, config.revision)
     folder, with_tokenizer, adapted = _parts(named)
@@ -107,8 +106,7 @@ def locate(config: TeacherConfig) -> Source:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise TeacherError(f"teacher.model: cannot read {folder / 'config.json'}: {_why(error)}") from error
-    known = model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not known and "AutoModelForCausalLM" not in (getattr(model_config, "auto_map", None) or {}):
+    if auto_class(model_config) is None:
         raise TeacherError(
             f"teacher.model: expected a causal language model, found {model_config.model_type} in {folder}"
         )
@@ -126,6 +124,21 @@ def _why(error: BaseException) -> str:
     if "trust_remote_code=True" in str(error):
         return "it comes with Python code of its own; read it, then set teacher.trust_remote_code=true"
     return first_line(error)
+
+
+def auto_class(model_config: Any) -> Any:
+    """transformers' class that loads such a model; None where it is no model that continues text.
+
+    It is AutoModelForCausalLM, or AutoModelForMultimodalLM for a type that exists only with images or sounds.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto as auto
+
+    kind, own_code = model_config.model_type, getattr(model_config, "auto_map", None) or {}
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_code:
+        return AutoModelForCausalLM
+    encodes = any(config.is_encoder_decoder for config in (model_config, model_config.get_text_config()))
+    return None if encodes or kind not in auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES else AutoModelForMultimodalLM
 
 
 def local_tokenizer(model: str, revision: str | None) -> Any:

@@ -107,7 +107,7 @@ class Worker:
             "logsumexp": np.full((ends[-1], num_temperatures), np.nan, np.float32),
             "tail_logprob": np.full((ends[-1], num_temperatures), np.nan, np.float16),
         }
-        for batch in self._plan.batches(block, self._config.batch.max_tokens):
+        for batch in self._plan.batches(block, self._config.batch.max_tokens, self._teacher.rope_switch):
             self._watch.beat()
             rows = [np.arange(starts[i - samples.start], ends[i - samples.start]) for i in batch]
             captured = self._teacher.capture([tokens[span] for span in rows], k, self._config.capture.temperatures)

@@ -1,0 +1,134 @@
+"""Whether a language model is causal, and at which lengths it changes: asked of its configuration, and of the model.
+
+N rows (token positions), V vocabulary.
+
+A row of the store is the distribution of the next token given those before. That holds only for a causal model, in
+which no logit depends on later tokens. `sees_later` compares the logits of the same rows before and after the tokens
+behind them are changed. Both batches have the same shape, so that a causal model differs by noise alone: most do not at
+all, a mixture of experts by rounding, and in a few rows that take other experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Samples = Sequence[NDArray[np.int32]]
+"""Token ids, [T_i] each."""
+
+_EDGES = (
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "floor_scale",  # Llama 4 begins to scale its queries
+)
+_MASKED = -1e30
+_BEYOND = 17  # so many tokens past an edge there are rows that it could change, and later tokens
+
+
+def rope_switch(config: Any) -> int | None:
+    """The length beyond which a model's rotary frequencies depend on the length of its input; None where they do not.
+
+    config: of the language model. For all rows of a batch, LongRoPE takes the factors, and dynamic NTK scaling the
+    frequencies, that belong to its longest sample. So that each sample is what it is alone, a longer one is batched
+    with samples of its own length only.
+    """
+    found = [
+        rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope["rope_type"] == "longrope"
+        else config.max_position_embeddings
+        for rope in _ropes(config)
+        if rope["rope_type"] in ("longrope", "dynamic")
+    ]
+    return min(found, default=None)
+
+
+def edges(config: Any) -> list[int]:
+    """The lengths at which a model's attention or its positions begin to work in another way, ascending."""
+    found = [getattr(config, name, None) for name in _EDGES]
+    found += [rope.get("original_max_position_embeddings") for rope in _ropes(config)] + [rope_switch(config)]
+    return sorted({int(edge) for edge in found if isinstance(edge, int) and edge > 0})
+
+
+def probe_lengths(config: Any, longest: int, max_tokens: int) -> list[list[int]]:
+    """The batches to look at, as the lengths of their samples, for data whose longest sample has `longest` tokens.
+
+    The first is short. Where samples reach beyond an edge there is a second, just longer than the last such edge: of
+    two samples if those are no more than `max_tokens`.
+    """
+    context, switch = getattr(config, "max_position_embeddings", None) or 40, rope_switch(config) or 40
+    context = context if context > 0 else 40
+    short = max(2, min(40, context, switch))
+    batches = [[short, max(2, short - 7), max(2, short // 4)]]
+    if passed := [edge for edge in edges(config) if short < edge + 1 < longest]:
+        length = min(longest, passed[-1] + _BEYOND)
+        other = length if rope_switch(config) is not None else length - 5
+        batches.append([length, other] if 2 * length <= max_tokens else [length])
+    return batches
+
+
+def probe(lengths: Sequence[int], vocab_size: int) -> list[NDArray[np.int32]]:
+    """Random samples of these lengths."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
+
+
+def sees_later(logits_of: Callable[[Samples, list[int]], Tensor | None], samples: Samples, vocab_size: int) -> float:
+    """How much earlier logits change with later tokens, relative to the spread of a row; about 0 if causal.
+
+    logits_of: the logits [n, V] of some rows of some samples (numbered through all of them); None on a worker without.
+    The median over the rows is returned, so that a few rows that take other experts do not count.
+    """
+    changed: list[NDArray[np.int32]] = []
+    rows: list[int] = []
+    at = 0
+    for sample in samples:
+        cut = max(1, len(sample) - max(1, min(20, len(sample) // 3)))
+        changed.append(np.concatenate([sample[:cut], (sample[cut:] + 1 + vocab_size // 3) % vocab_size]))
+        rows += range(at + max(0, cut - 8), at + cut)
+        at += len(sample)
+    before, after = (logits_of(batch, rows) for batch in (samples, changed))
+    if before is None or after is None:
+        return 0.0
+    before, after = before.float(), after.float()
+    known = (before > _MASKED) & (after > _MASKED)
+    if not torch.equal(before > _MASKED, known):
+        return float("inf")
+    middle = torch.where(known, before, 0).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+    moved = torch.where(known, after - before, 0).norm(dim=1)
+    spread = torch.where(known, before - middle, 0).norm(dim=1).clamp(min=1e-6)
+    return float((moved / spread).median())
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference between logits [N, V], relative to the largest logit.
+
+    Masked ids, -inf or the least number of some dtype, have to be the same.
+    """
+    known = expected > _MASKED
+    if not torch.equal(known, found > _MASKED) or not known.any():
+        return float("inf") if known.any() or (found > _MASKED).any() else 0.0
+    largest = expected[known].abs().max().clamp(min=1e-6)
+    return float((expected - found)[known].abs().max() / largest)
+
+
+def forget_lengths(model: Any) -> None:
+    """Make dynamic NTK scaling begin anew: it keeps the frequencies of the longest input that it has seen."""
+    for part in model.modules():
+        if "dynamic" in str(getattr(part, "rope_type", "")):
+            for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:
+                setattr(part, name, 0)
+
+
+def _ropes(config: Any) -> Iterator[dict[str, Any]]:
+    """The settings of rotary embeddings: one for the model, or one for each type of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in (found, *found.values()):
+        if isinstance(rope, dict) and isinstance(rope.get("rope_type"), str):
+            yield rope
