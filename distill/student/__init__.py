@@ -9,7 +9,7 @@ loss        DistillationLoss: divergences between a student's logits and the kep
 batches     split, StepBatches: what is trained on, and what each step reads of it
 training    Training: a run and its steps
 optimizer   AdamW; gradients over workers and micro-batches: DistributedDataParallel, FSDP2
-checkpoint  Checkpoints, settings_of: what a stopped run is continued from
+checkpoint  Checkpoints, lock_output, settings_of: what a stopped run is continued from
 evaluate    held-out figures
 metrics     Metrics, summary, is_run, side_by_side: what was measured, on disk and as tables
 """

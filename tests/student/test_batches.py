@@ -47,9 +47,8 @@ def test_many_batches_are_held_with_few_descriptors(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert [len(step) for step in found] == [150, 146, 150, 146]
-    seen = [
-        sorted({*(i for batch in found[at] + found[at + 1] for i in batch["sample"].tolist())} - {-1}) for at in (0, 2)
-    ]
+    epochs = [[*found[at], *found[at + 1]] for at in (0, 2)]
+    seen = [sorted(i for batch in batches for i in batch["sample"].tolist() if i >= 0) for batches in epochs]
     cache = TeacherCache(str(small_store))
     assert seen[0] == seen[1] == list(range(len(cache)))
     for batch in found[3][::40]:
