@@ -75,11 +75,7 @@ class ShuffledBatches(IterableDataset[Batch]):
             raise ConfigError(
                 "accelerator.prepare: expected no loader of ShuffledBatches, found one: accelerate would share out "
                 "again what is the rank's own already, and lose the rest. Give rank and world_size to "
-<<<<<<< ours
-                "TeacherCache.shuffled, prepare model and optimizer only, and move the batches to accelerator.device"
-=======
                 "TeacherCache.shuffled, prepare model and optimizer only, and move batches to accelerator.device"
->>>>>>> theirs
             )
         self._where.copy_(torch.tensor([epoch, batch]))
         self._started, self._taken, self._resumed = None, 0, None
