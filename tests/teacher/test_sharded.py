@@ -247,7 +247,8 @@ def test_plan_prints_the_decision_and_stops(
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=True,
     ).stdout  # fmt: skip
     cores = len(os.sched_getaffinity(0))
-    found = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in planned.splitlines())
+    found = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in planned.partition("\n\n")[0].splitlines())
+    assert "«" in planned.partition("\n\n")[2]
     assert "GiB a device" in found["memory"]
     assert found["parallel"].startswith("pipeline, ")
     assert found["next"].startswith(f"torchrun --nproc_per_node={cores} -m distill.generate teacher.model=")
