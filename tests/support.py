@@ -44,7 +44,66 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", _COMMON),
     "gpt_neox": ("gpt_neox", {**_COMMON, "tie_word_embeddings": False}),
     "cohere": ("cohere", {**_COMMON, "logit_scale": 0.25}),
+    "opt": ("opt", {**_COMMON, "ffn_dim": 128, "word_embed_proj_dim": 32}),
 }
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+_TOWER |= {"image_size": 56, "patch_size": 14}
+_QWEN_TOWER = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4}
+_IDS = {"image_token_id": 999, "video_token_id": 998, "image_token_index": 999}
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral3": (
+        "mistral3",
+        {"text_config": {**_COMMON, "model_type": "mistral"}, "vision_config": {**_TOWER, "model_type": "pixtral"}},
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": {**_COMMON, "model_type": "llama"},
+            "vision_config": {**_TOWER, "model_type": "clip_vision_model"},
+        },
+    ),
+    "gemma3_vision": (
+        "gemma3",
+        {
+            "text_config": {**_COMMON, "head_dim": 32, "sliding_window": 7},
+            "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {
+            "text_config": {**_COMMON, "head_dim": 32, "rope_parameters": {**_MROPE, "mrope_section": [6, 5, 5]}},
+            "vision_config": {**_QWEN_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2]},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {
+            "text_config": {**_COMMON, "rope_parameters": {**_MROPE, "mrope_section": [2, 3, 3]}},
+            "vision_config": {**_QWEN_TOWER, "fullatt_block_indexes": [1]},
+        },
+    ),
+    "glm4v_moe": (
+        "glm4v_moe",
+        {
+            "text_config": {
+                **_COMMON,
+                "head_dim": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "first_k_dense_replace": 1,
+                "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+            },
+            "vision_config": _QWEN_TOWER,
+        },
+    ),
+}
+"""Models with a tower for images. It has as many layers as the language model, which must not be mistaken for it."""
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -77,12 +136,22 @@ def make_tokenizer(chat: bool = False, bos: bool = False, declared: bool = True)
 
 
 def build_model(name: str, **changes: Any) -> Any:
-    """A random float32 model of a kind in MODELS, with logits that are far from uniform."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    """A random float32 model of a kind in MODELS or MULTIMODAL, with logits that are far from uniform.
 
-    kind, settings = MODELS[name]
+    changes: of its language model's configuration
+    """
+    from transformers import CONFIG_MAPPING
+
+    from distill.teacher.source import auto_class
+
+    kind, settings = (MODELS | MULTIMODAL)[name]
+    if "text_config" in settings:
+        settings = {**settings, **_IDS, "text_config": {**settings["text_config"], **changes}}
+    else:
+        settings = {**settings, **changes}
+    config = CONFIG_MAPPING[kind](**settings)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**settings, **changes}), dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:

@@ -14,7 +14,8 @@ from distill.errors import ConfigError, TeacherError, first_line
 from distill.student.loss import DistillationLoss
 from distill.teacher import adapter
 from distill.teacher.pipeline import decoder_layers
-from distill.teacher.source import Source, locate
+from distill.teacher.source import Source, auto_class, locate
+from distill.teacher.text import outside
 
 
 def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
@@ -39,21 +40,21 @@ def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
 def build(config: StudentConfig, source: Source, seed: int) -> Any:
     """The student, a transformers causal LM in float32 on the CPU: as it is, with fewer layers, or random.
 
+    Of a multimodal model the language model is trained. All else is frozen, and saved as it was.
     Raises ConfigError where the weights cannot be loaded, or where it has fewer layers than should be kept.
     """
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(seed)
+    loader = auto_class(source.model_config)
     kwargs = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
     kwargs |= {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if config.init == "random":
         settings = source.model_config
         if config.layers is not None:
             settings = _with_layers(settings, _kept(config.layers, settings))
-        return AutoModelForCausalLM.from_config(settings, **kwargs)
+        return _frozen_outside_text(loader.from_config(settings, **kwargs))
     kwargs |= adapter.UNMERGED if source.adapter is not None else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **kwargs)
+        model, info = loader.from_pretrained(source.folder, output_loading_info=True, **kwargs)
         if source.adapter is not None:
             model = adapter.merge(model, source.adapter)
     except TeacherError as error:
@@ -64,7 +65,16 @@ def build(config: StudentConfig, source: Source, seed: int) -> Any:
         raise ConfigError(
             f"student.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
         )
-    return model if config.layers is None else shortened(model, _kept(config.layers, model.config))
+    return _frozen_outside_text(
+        model if config.layers is None else shortened(model, _kept(config.layers, model.config))
+    )
+
+
+def _frozen_outside_text(model: Any) -> Any:
+    """`model`, in which what text does not go through takes no gradient: DDP expects one of every weight that does."""
+    for part in outside(model).values():
+        part.requires_grad_(False)
+    return model
 
 
 def _kept(layers: int, settings: Any) -> list[int]:

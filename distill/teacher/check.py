@@ -28,6 +28,7 @@ _EDGES = (
     "local_attention",
     "floor_scale",  # Llama 4 begins to scale its queries
 )
+_SHORT = 24
 _MASKED = -1e30
 _BEYOND = 17  # so many tokens past an edge there are rows that it could change, and later tokens
 
@@ -59,13 +60,12 @@ def edges(config: Any) -> list[int]:
 def probe_lengths(config: Any, longest: int, max_tokens: int) -> list[list[int]]:
     """The batches to look at, as the lengths of their samples, for data whose longest sample has `longest` tokens.
 
-    The first is short. Where samples reach beyond an edge there is a second, just longer than the last such edge: of
-    two samples if those are no more than `max_tokens`.
+    The first is short, and of mixed lengths. Where samples reach beyond an edge there is a second, just longer than the
+    last such edge: of two samples if those are no more than `max_tokens`.
     """
-    context, switch = getattr(config, "max_position_embeddings", None) or 40, rope_switch(config) or 40
-    context = context if context > 0 else 40
-    short = max(2, min(40, context, switch))
-    batches = [[short, max(2, short - 7), max(2, short // 4)]]
+    context, switch = getattr(config, "max_position_embeddings", None) or -1, rope_switch(config) or _SHORT
+    short = max(2, min(_SHORT, context if context > 0 else _SHORT, switch))
+    batches = [[short, max(2, short - 4), max(2, short // 4)]]
     if passed := [edge for edge in edges(config) if short < edge + 1 < longest]:
         length = min(longest, passed[-1] + _BEYOND)
         other = length if rope_switch(config) is not None else length - 5
@@ -79,31 +79,42 @@ def probe(lengths: Sequence[int], vocab_size: int) -> list[NDArray[np.int32]]:
     return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
 
 
-def sees_later(logits_of: Callable[[Samples, list[int]], Tensor | None], samples: Samples, vocab_size: int) -> float:
-    """How much earlier logits change with later tokens, relative to the spread of a row; about 0 if causal.
+def sees_later(
+    logits_of: Callable[[Samples, list[int]], Tensor | None], samples: Samples, vocab_size: int, tolerance: float
+) -> float:
+    """How much the last row before the change moves, relative to the spread of its logits; 0 for a causal model.
 
     logits_of: the logits [n, V] of some rows of some samples (numbered through all of them); None on a worker without.
-    The median over the rows is returned, so that a few rows that take other experts do not count.
+    tolerance: what is noise, relative to the spread.
+    Compared are the last row before the change, which any leak reaches, and rows far before it. Noise moves both alike.
     """
     changed: list[NDArray[np.int32]] = []
-    rows: list[int] = []
+    far: list[int] = []
+    last: list[int] = []
     at = 0
     for sample in samples:
         cut = max(1, len(sample) - max(1, min(20, len(sample) // 3)))
         changed.append(np.concatenate([sample[:cut], (sample[cut:] + 1 + vocab_size // 3) % vocab_size]))
-        rows += range(at + max(0, cut - 8), at + cut)
+        far += range(at, at + min(8, cut // 4))
+        last.append(at + cut - 1)
         at += len(sample)
-    before, after = (logits_of(batch, rows) for batch in (samples, changed))
+    before, after = (logits_of(batch, far + last) for batch in (samples, changed))
     if before is None or after is None:
         return 0.0
-    before, after = before.float(), after.float()
-    known = (before > _MASKED) & (after > _MASKED)
-    if not torch.equal(before > _MASKED, known):
-        return float("inf")
+    moves = _moves(before.float(), after.float())
+    moved = moves > tolerance
+    by_chance = float(moved[: len(far)].float().mean()) if far else 0.0
+    leaks = by_chance > 0.5 or (bool(moved[len(far) :].all()) and by_chance ** len(last) < 1e-3)
+    return float(moves[len(far) :].median()) if leaks else 0.0
+
+
+def _moves(before: Tensor, after: Tensor) -> Tensor:
+    """How much each row of logits [n, V] moves, relative to its spread, [n]; infinitely where other ids are masked."""
+    known = before > _MASKED
     middle = torch.where(known, before, 0).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
     moved = torch.where(known, after - before, 0).norm(dim=1)
     spread = torch.where(known, before - middle, 0).norm(dim=1).clamp(min=1e-6)
-    return float((moved / spread).median())
+    return torch.where((known == (after > _MASKED)).all(dim=1), moved / spread, torch.inf)
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:

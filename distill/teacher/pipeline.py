@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.errors import TeacherError
 from distill.teacher.share import GroupShare
-from distill.teacher.text import Absent, derived
+from distill.teacher.text import Absent, derived, outside
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList] | None:
     """The name of the list of decoder layers, and the list itself; None where it is not clear which list that is."""
     number = int(model.config.get_text_config().num_hidden_layers)
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    aside = tuple(f"{name}." for name in outside(model))
+    parts = [(name, part) for name, part in model.named_modules() if not name.startswith(aside)]
+    lists = {name: part for name, part in parts if isinstance(part, nn.ModuleList)}
     outer = {n: p for n, p in lists.items() if not any(n.startswith(f"{other}.") for other in lists if other != n)}
     found = [(name, part) for name, part in outer.items() if len(part) == number]
     return found[0] if len(found) == 1 else None
@@ -72,7 +74,8 @@ class Stage(GroupShare):
             raise TeacherError(f"parallel.mode=pipeline: it is not clear which parts of {name} are its layers")
         layers = found[1]
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        name = next(name for name, part in model.named_modules() if part is head)
+        tied = any(weight.startswith(f"{name}.") for weight in model.all_tied_weights_keys)
         costs = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
         costs[0] += embedding.weight.numel()
         costs[-1] += head.weight.numel()
@@ -87,7 +90,6 @@ class Stage(GroupShare):
             if i not in self.layers:
                 layers[i] = _Elsewhere(layers[i])
         if not self.captures:
-            name = next(name for name, part in model.named_modules() if part is head)
             model.set_submodule(name, nn.Identity())
             model.all_tied_weights_keys = {}
             layers[end].register_forward_pre_hook(self._stop, with_kwargs=True)
