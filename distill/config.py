@@ -199,7 +199,7 @@ class TrainBatchConfig:
 
     samples: int = key(8, "samples in a worker's forward pass", least=1)
     accumulate: int = key(1, "forward passes in an optimizer step", least=1)
-    packed: bool = key(True, "put samples end to end in full rows; they do not see each other")
+    packed: bool = key(True, "put samples end to end in rows; refused where they would see each other")
     readers: int = key(2, "DataLoader workers of each worker", least=0)
     window_blocks: int = key(16, "blocks in a reader's memory, whose samples are shuffled together", least=1)
 

@@ -149,7 +149,7 @@ class TeacherCache(Dataset[Sample]):
             starts = here.starts - first
             if (trained[starts + here.lengths - 1] > trained[starts]).any():
                 return
-        why = "loss_mask is false everywhere, as for chats in which no assistant speaks" if masked else "all are short"
+        why = "loss_mask is false everywhere" if masked else "all are short"
         raise DataError(
             f"{self.path}: expected tokens to learn from in the {len(self):,} samples {purpose}, found none: {why}"
         )

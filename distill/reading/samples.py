@@ -10,7 +10,7 @@ A sample is a dict of tensors. Row t of each tensor is about the token that foll
     target_logprobs   [T, K]   float32, at temperature 1
     logsumexp       [T, n]   float32
     tail_logprob    [T, n]   float32
-    loss_mask       [T]      bool, only with chats: the assistant wrote the token that follows
+    loss_mask       [T]      bool, where not every token is trained on: whether the one that follows is
 """
 
 import os
@@ -187,7 +187,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         sample          [B] int64       the samples' numbers (-1: an empty batch)
         input_ids       [B, L] int64
         next_tokens     [B, L] int64    the token that follows: the label of position t; -1 where none follows
-        loss_mask       [B, L] bool     positions to learn from: a token follows, in chats one of the assistant's
+        loss_mask       [B, L] bool     positions to learn from: a token follows that is trained on
         target_ids, target_logprobs, logsumexp, tail_logprob      [B, L, ...] as in a sample, 0 in padding
 
     Position t of each array is about the token that follows input_ids[:, t]: nothing has to be shifted.
