@@ -21,6 +21,7 @@ from distill.errors import ConfigError
 from distill.student.batches import split
 from distill.student.model import build, find
 from distill.student.optimizer import optimizer_of
+from distill.teacher.source import auto_class
 from tests.kills import children, freeze
 from tests.support import environment, has, save_model, tree, wait_for
 
@@ -46,19 +47,35 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["llama", "mistral3"])
 def test_the_first_step_is_that_of_the_mean_over_all_tokens(
-    parallel: str, small_store: Path, model_folder: Any, tmp_path: Path
+    name: str, parallel: str, small_store: Path, model_folder: Any, tmp_path: Path
 ) -> None:
-    """Two workers with three batches each, of samples of very different lengths, beside one pass over all of them."""
-    arguments = [f"store.path={small_store}", "student.layers=2", "optimizer.steps=1", "batch.samples=3"]
+    """Two workers with three batches each, of samples of very different lengths, beside one pass over all of them.
+
+    Of a model with a tower for images only the language model changes; it is saved whole.
+    """
+    arguments = [
+        f"store.path={small_store}",
+        f"student.model={model_folder(name)}",
+        "student.layers=2",
+        "optimizer.steps=1",
+        "batch.samples=3",
+    ]
     arguments += ["batch.accumulate=3", "batch.readers=0", "evaluation.samples=0", f"parallel={parallel}", "output=out"]
     ran = train(tmp_path, 2, *arguments)
     assert ran.returncode == 0, ran.stderr
     (first,) = metrics(tmp_path / "out")
 
     cache = TeacherCache(str(small_store))
-    source = find(StudentConfig(), {"model": str(model_folder("llama")), "revision": None})
+    source = find(StudentConfig(), {"model": str(model_folder(name)), "revision": None})
     learner = Learner(build(StudentConfig(layers=2), source, 0), DistillationLoss(), cache.temperatures)
+    saved, info = auto_class(source.model_config).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    before = dict(learner.model.named_parameters())
+    assert before.keys() == {key for key, _ in saved.named_parameters()}
+    for key, weight in saved.named_parameters():
+        assert weight.equal(before[key]) == (not before[key].requires_grad), key
     total, tokens = torch.zeros(()), 0
     for rank in range(2):
         batches = iter(cache.shuffled(3, 0, rank, 2))

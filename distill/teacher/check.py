@@ -5,7 +5,7 @@ N rows (token positions), V vocabulary.
 A row of the store is the distribution of the next token given those before. That holds only for a causal model, in
 which no logit depends on later tokens. `sees_later` compares the logits of the same rows before and after the tokens
 behind them are changed. Both batches have the same shape, so that a causal model differs by noise alone: most do not at
-all, a mixture of experts by rounding, and in a few rows that take other experts.
+all; a mixture of experts does by rounding, and in rows that then take other experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -80,32 +80,36 @@ def probe(lengths: Sequence[int], vocab_size: int) -> list[NDArray[np.int32]]:
 
 
 def sees_later(
-    logits_of: Callable[[Samples, list[int]], Tensor | None], samples: Samples, vocab_size: int, tolerance: float
+    logits_of: Callable[[Samples, list[int]], Tensor | None], samples: Samples, vocab_size: int, rounding: float
 ) -> float:
     """How much the last row before the change moves, relative to the spread of its logits; 0 for a causal model.
 
     logits_of: the logits [n, V] of some rows of some samples (numbered through all of them); None on a worker without.
-    tolerance: what is noise, relative to the spread.
-    Compared are the last row before the change, which any leak reaches, and rows far before it. Noise moves both alike.
+    rounding:  what no model is blamed for, relative to the spread.
+    Every other sample is changed, behind a row that any leak reaches. That row has to move twice as far as any row that
+    can only move by noise: rows of the other samples, or where there is one sample, the first rows of it.
     """
     changed: list[NDArray[np.int32]] = []
-    far: list[int] = []
+    noise: list[int] = []
     last: list[int] = []
     at = 0
-    for sample in samples:
+    for number, sample in enumerate(samples):
         cut = max(1, len(sample) - max(1, min(20, len(sample) // 3)))
-        changed.append(np.concatenate([sample[:cut], (sample[cut:] + 1 + vocab_size // 3) % vocab_size]))
-        far += range(at, at + min(8, cut // 4))
-        last.append(at + cut - 1)
+        if number % 2:
+            changed.append(sample)
+            noise += np.linspace(at, at + len(sample) - 1, 8).astype(int).tolist()
+        else:
+            changed.append(np.concatenate([sample[:cut], (sample[cut:] + 1 + vocab_size // 3) % vocab_size]))
+            last.append(at + cut - 1)
         at += len(sample)
-    before, after = (logits_of(batch, far + last) for batch in (samples, changed))
+    noise = noise or list(range(min(8, last[0] // 4)))
+    before, after = (logits_of(batch, noise + last) for batch in (samples, changed))
     if before is None or after is None:
         return 0.0
     moves = _moves(before.float(), after.float())
-    moved = moves > tolerance
-    by_chance = float(moved[: len(far)].float().mean()) if far else 0.0
-    leaks = by_chance > 0.5 or (bool(moved[len(far) :].all()) and by_chance ** len(last) < 1e-3)
-    return float(moves[len(far) :].median()) if leaks else 0.0
+    by_noise = float(moves[: len(noise)].max()) if noise else 0.0
+    moved = float(moves[len(noise) :].median())
+    return moved if moved > 2 * by_noise + rounding else 0.0
 
 
 def _moves(before: Tensor, after: Tensor) -> Tensor:

@@ -147,8 +147,9 @@ def fingerprint_of(config: GenerateConfig, source: Source, needs: Needs, data: D
         "store.block_rows": config.store.block_rows,
         "store.codec": config.store.codec,
     }
-    if (switch := rope_switch(source.text_config)) is not None:  # it shapes batches
-        settings["batch.rope_switch"] = switch
+    switch, longest = rope_switch(source.text_config), config.dataset.max_length
+    if switch is not None and (not isinstance(longest, int) or longest > switch):
+        settings["batch.rope_switch"] = switch  # it shapes batches
     outside = {"path", "data_files", "num_proc", "chat_template"}  # their contents are in data.identity
     for section, left_out in (("dataset", outside), ("capture", set())):
         values = vars(getattr(config, section))

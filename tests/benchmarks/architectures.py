@@ -53,10 +53,12 @@ def shrink(values: dict[str, Any], depth: int, narrow: bool) -> dict[str, Any]:
             small[name] = [value[round(i * (layers - 1) / (depth - 1))] for i in range(depth)]
         elif name in _DEPTHS and isinstance(value, int):
             small[name] = depth
-        elif name in _EXPERTS and isinstance(value, int):
-            small[name] = min(value, 4)
-        elif name in ("num_experts_per_tok", "moe_k", "top_k_experts") and isinstance(value, int):
-            small[name] = min(value, 2)
+        elif name in _EXPERTS:
+            small[name] = min(value or 4, 4)
+        elif name in ("num_experts_per_tok", "moe_k", "top_k_experts"):
+            small[name] = min(value or 2, 2)
+        elif name == "per_layer_config":
+            small[name] = {}
         elif name == "vocab_size":
             small[name] = 1000
         elif name.endswith(("token_id", "token_index")):

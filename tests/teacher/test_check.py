@@ -77,7 +77,7 @@ def leaking_beyond(length: int) -> Any:
 
 def test_a_leak_beyond_an_edge_is_found_where_samples_get_there() -> None:
     Teacher(leaking_beyond(100), CPU, longest=100)
-    with pytest.raises(TeacherError, match=r"samples of 117 tokens: by \d+%"):
+    with pytest.raises(TeacherError, match=r"samples of 117 tokens"):
         Teacher(leaking_beyond(100), CPU, longest=500)
     with pytest.raises(TeacherError, match=r"samples of 117 tokens"):
         Teacher(leaking_beyond(100), CPU, longest=500, max_tokens=130)
@@ -115,25 +115,21 @@ def test_noise_is_no_leak(name: str) -> None:
 
 @pytest.mark.parametrize("ahead", [1, 3, 12, 20, 39])
 def test_what_is_compared_is_before_the_change(ahead: int) -> None:
-    """A model whose rows see so many tokens ahead moves; noise in a third of all rows does not count."""
+    """A model whose rows see so many tokens ahead."""
     seen: list[Any] = []
 
     def logits_of(samples: Any, rows: list[int], ahead: int = ahead) -> torch.Tensor:
         seen.append((samples, rows))
-        sums = [np.convolve(np.append(sample, np.zeros(ahead)), np.ones(ahead + 1))[ahead:][: len(sample)]
-                for sample in samples]  # fmt: skip
-        return torch.tensor([[value, 0.5, 0.1] for value in np.concatenate(sums)])[rows]
+        sums = [[float(sample[i : i + ahead + 1].sum()) for i in range(len(sample))] for sample in samples]
+        return torch.tensor([[value, 0.5, 0.1] for part in sums for value in part])[rows]
 
-    samples = probe([40, 40, 40, 9], 1000)
-    assert sees_later(logits_of, samples, 1000, 0.001) > 0
+    samples = probe([40, 8, 40], 1000)
+    assert sees_later(logits_of, samples, 1000, 1e-4) > 0
     (first, rows), (second, _) = seen
     differing = np.flatnonzero(np.concatenate(first) != np.concatenate(second))
-    assert differing.tolist() == [*range(27, 40), *range(67, 80), *range(107, 120), *range(126, 129)]
-    assert rows == [*range(6), *range(40, 46), *range(80, 86), 120, 26, 66, 106, 125]
-    assert sees_later(lambda samples, rows: logits_of(samples, rows, 0), samples, 1000, 0.001) == 0.0
-    noise = torch.rand(129, 1, generator=torch.Generator().manual_seed(0)) < 0.34
-    calls = iter((0.0, 1.0))
-    assert sees_later(lambda _, rows: (torch.ones(129, 3) * noise * next(calls))[rows], samples, 1000, 0.15) == 0.0
+    assert differing.tolist() == [*range(27, 40), *range(75, 88)]
+    assert rows == [*range(40, 48), 26, 74]
+    assert sees_later(lambda samples, rows: logits_of(samples, rows, 0), samples, 1000, 1e-4) == 0.0
 
 
 def test_masked_ids_are_compared_apart() -> None:
