@@ -28,7 +28,7 @@ _EDGES = (
     "local_attention",
     "floor_scale",  # Llama 4 begins to scale its queries
 )
-_SHORT = 24
+_SHORT = 12
 _MASKED = -1e30
 _BEYOND = 17  # so many tokens past an edge there are rows that it could change, and later tokens
 

@@ -54,7 +54,7 @@ def load(
     if source.adapter is not None:
         kwargs |= adapter.UNMERGED
     if needs.left_out:
-        logger.info("teacher: text needs no %s of it, which is not loaded", ", ".join(needs.left_out))
+        logger.info("teacher: not loaded, since text does not need it: %s", ", ".join(needs.left_out))
     try:
         model, info = loader.from_pretrained(source.folder, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):

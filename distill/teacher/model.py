@@ -81,7 +81,7 @@ class Teacher:
         self._backbone: Backbone | None = None
         short, *long = probe_lengths(model.config.get_text_config(), longest, max_tokens)
         self._sliced = False
-        self._refuse_what_sees_later(short[:1] * 6)
+        self._refuse_what_sees_later(short[:1] * 4)
         self._sliced = self._split(short)
         for lengths in long:
             self._refuse_what_sees_later(lengths)
@@ -126,7 +126,7 @@ class Teacher:
         """The last hidden states of the real tokens, [N, H]; None where another worker has them."""
         assert self._backbone is not None
         ids, real = _pad(samples, self.device)
-        forget_lengths(self._model)
+        self._begin_anew()
         try:
             whole = self._share.run(self._model, ids)
         except BackboneEnd as end:
@@ -134,6 +134,11 @@ class Teacher:
         if whole is not None:
             raise LookupError("it does not run the backbone")
         return None
+
+    def _begin_anew(self) -> None:
+        """A batch is what it would be for a model that has seen no other."""
+        if self.rope_switch is not None:
+            forget_lengths(self._model)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, H] to float32 logits [n, V], by the model's own forward around them."""
@@ -146,7 +151,7 @@ class Teacher:
     def _plain(self, *samples: NDArray[np.int32]) -> Tensor | None:
         """The plain model's logits for the samples in one padded batch, [N, V] float32; None as in `_hidden`."""
         ids, real = _pad(samples, self.device)
-        forget_lengths(self._model)
+        self._begin_anew()
         output = self._share.run(self._model, ids)
         return None if output is None else output.logits[real.to(output.logits.device)].float()
 

@@ -137,7 +137,9 @@ def auto_class(model_config: Any) -> Any:
     kind, own_code = model_config.model_type, getattr(model_config, "auto_map", None) or {}
     if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_code:
         return AutoModelForCausalLM
-    encodes = any(config.is_encoder_decoder for config in (model_config, model_config.get_text_config()))
+    encodes = any(
+        getattr(config, "is_encoder_decoder", False) for config in (model_config, model_config.get_text_config())
+    )
     return None if encodes or kind not in auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES else AutoModelForMultimodalLM
 
 

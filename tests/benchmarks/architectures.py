@@ -30,6 +30,8 @@ _SMALL |= {"n_inner": 128, "shared_expert_intermediate_size": 32, "n_group": 1, 
 _SMALL |= {"vocab_size_per_layer_input": 1000, "max_position_embeddings": 512, "n_positions": 512, "max_seq_len": 512}
 _SMALL |= {"num_nextn_predict_layers": 0}
 _SMALL |= {"first_k_dense_replace": 1}
+_SMALL |= {"num_kv_shared_layers": 0, "num_dense_layers": 1, "num_experts_per_token": 2, "is_decoder": True}
+_UNSET = {"head_dim": 16, "num_key_value_heads": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
 _NARROW: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 _NARROW |= {"n_embd": 64, "n_head": 4, "d_model": 64, "n_heads": 4, "num_heads": 4, "word_embed_proj_dim": 64}
 _NARROW |= {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
@@ -57,12 +59,18 @@ def shrink(values: dict[str, Any], depth: int, narrow: bool) -> dict[str, Any]:
             small[name] = min(value or 4, 4)
         elif name in ("num_experts_per_tok", "moe_k", "top_k_experts"):
             small[name] = min(value or 2, 2)
-        elif name == "per_layer_config":
-            small[name] = {}
+        elif name == "rope_theta":
+            small[name] = value or 1e4
+        elif isinstance(value, dict) and "rope_theta" in value:
+            small[name] = {**value, "rope_theta": value["rope_theta"] or 1e4}
         elif name == "vocab_size":
             small[name] = 1000
         elif name.endswith(("token_id", "token_index")):
             small[name] = value if value is None or (isinstance(value, int) and value < 1000) else 999
+        elif name == "layer_types" and value is None:
+            small[name] = ["full_attention"] * depth
+        elif narrow and value is None and name in _UNSET:
+            small[name] = _UNSET[name]
         elif name in _SMALL and value is not None:
             small[name] = _SMALL[name]
         elif narrow and name in _NARROW and isinstance(value, int):
@@ -72,6 +80,17 @@ def shrink(values: dict[str, Any], depth: int, narrow: bool) -> dict[str, Any]:
     return small
 
 
+def changed(values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """What differs in the small configuration, so that its class derives from it what else has to be."""
+    found: dict[str, Any] = {}
+    for name, value in small.items():
+        if isinstance(value, dict) and name.endswith("config") and isinstance(values[name], dict):
+            found[name] = changed(values[name], value)
+        elif value != values[name] and not isinstance(value, list):
+            found[name] = value
+    return found | ({"model_type": values["model_type"]} if "model_type" in values else {})
+
+
 def build(kind: str) -> Any:
     """A random small model of this type, or the error of the last try."""
     from transformers import CONFIG_MAPPING
@@ -79,10 +98,13 @@ def build(kind: str) -> Any:
     from distill.teacher.source import auto_class
 
     error: Exception | None = None
-    for depth, narrow in ((2, True), (4, True), (2, False), (8, False)):
+    values: dict[str, Any]
+    sizes = [(2, True), (4, True), (6, True), (2, False), (8, False)]
+    for depth, narrow, whole in [(*size, whole) for size in sizes for whole in (True, False)]:
         try:
             values = CONFIG_MAPPING[kind]().to_dict()
-            config = CONFIG_MAPPING[kind].from_dict(shrink(values, depth, narrow))
+            small = shrink(values, depth, narrow)
+            config = CONFIG_MAPPING[kind].from_dict(small if whole else changed(values, small))
             torch.manual_seed(0)
             model = auto_class(config).from_config(config, dtype=torch.float32).eval()
             with torch.no_grad():

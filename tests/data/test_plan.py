@@ -43,7 +43,7 @@ def test_batches_hold_each_sample_once_and_keep_to_the_limit(max_tokens):
 def test_samples_beyond_a_switch_are_batched_by_their_length_only():
     plan = lay_out(np.array([100, 90, 95, 100, 89, 60, 59, 96, 90], np.int32), 1024)
     assert plan.batches(0, 4096, 100) == plan.batches(0, 4096) == [[0, 3, 7, 2, 1, 8, 4], [5, 6]]
-    assert plan.batches(0, 4096, 94) == [[0, 3], [7], [2], [1, 8, 4, 5], [6]]
+    assert plan.batches(0, 4096, 94) == [[0, 3], [7], [2], [1, 8, 4, 5, 6]]
     assert plan.batches(0, 4096, 60) == [[0, 3], [7], [2], [1, 8], [4], [5, 6]]
 
 

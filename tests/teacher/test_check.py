@@ -140,11 +140,11 @@ def test_masked_ids_are_compared_apart() -> None:
 
 def test_where_models_change() -> None:
     plain = CONFIG_MAPPING["llama"]()
-    assert (rope_switch(plain), edges(plain), probe_lengths(plain, 5000, 16384)) == (None, [], [[24, 20, 6]])
+    assert (rope_switch(plain), edges(plain), probe_lengths(plain, 5000, 16384)) == (None, [], [[12, 8, 3]])
     mistral = CONFIG_MAPPING["mistral"](sliding_window=4096)
-    assert probe_lengths(mistral, 4000, 16384) == [[24, 20, 6]]
-    assert probe_lengths(mistral, 5000, 16384) == [[24, 20, 6], [4113, 4108]]
-    assert probe_lengths(mistral, 4100, 4096) == [[24, 20, 6], [4100]]
+    assert probe_lengths(mistral, 4000, 16384) == [[12, 8, 3]]
+    assert probe_lengths(mistral, 5000, 16384) == [[12, 8, 3], [4113, 4108]]
+    assert probe_lengths(mistral, 4100, 4096) == [[12, 8, 3], [4100]]
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
     assert edges(CONFIG_MAPPING["qwen3"](rope_parameters=yarn)) == [2048]
     assert rope_switch(CONFIG_MAPPING["qwen3"](rope_parameters=yarn)) is None
