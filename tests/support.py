@@ -31,6 +31,13 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 48,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_COMMON, "tie_word_embeddings": False}),
     "qwen3": ("qwen3", {**_COMMON, "head_dim": 32, "tie_word_embeddings": True}),
@@ -42,6 +49,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"vocab_size": 1000, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024}),
     "mixtral": ("mixtral", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": ("phi3", _COMMON),
+    "longrope": ("phi3", {**_COMMON, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 48}),
+    "dynamic_ntk": (
+        "llama",
+        {
+            **_COMMON,
+            "max_position_embeddings": 48,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
     "gpt_neox": ("gpt_neox", {**_COMMON, "tie_word_embeddings": False}),
     "cohere": ("cohere", {**_COMMON, "logit_scale": 0.25}),
     "opt": ("opt", {**_COMMON, "ffn_dim": 128, "word_embed_proj_dim": 32}),

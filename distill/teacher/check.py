@@ -73,9 +73,9 @@ def probe_lengths(config: Any, longest: int, max_tokens: int) -> list[list[int]]
     return batches
 
 
-def probe(lengths: Sequence[int], vocab_size: int) -> list[NDArray[np.int32]]:
+def probe(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[NDArray[np.int32]]:
     """Random samples of these lengths."""
-    rng = np.random.Generator(np.random.PCG64(0))
+    rng = np.random.Generator(np.random.PCG64(seed))
     return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
 
 
@@ -97,12 +97,12 @@ def sees_later(
         cut = max(1, len(sample) - max(1, min(20, len(sample) // 3)))
         if number % 2:
             changed.append(sample)
-            noise += np.linspace(at, at + len(sample) - 1, 8).astype(int).tolist()
+            noise += np.linspace(at, at + len(sample) - 1, min(64, len(sample))).astype(int).tolist()
         else:
             changed.append(np.concatenate([sample[:cut], (sample[cut:] + 1 + vocab_size // 3) % vocab_size]))
             last.append(at + cut - 1)
         at += len(sample)
-    noise = noise or list(range(min(8, last[0] // 4)))
+    noise = noise or list(range(min(64, last[0] // 4)))
     before, after = (logits_of(batch, noise + last) for batch in (samples, changed))
     if before is None or after is None:
         return 0.0

@@ -3,7 +3,6 @@
 A tower is an encoder of images, videos or sounds. Text never goes through one: the logits are the plain model's.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,7 +28,7 @@ def derived(base: type, cut: Callable[[Any], None]) -> type:
 
 def outside(model: Any) -> dict[str, nn.Module]:
     """The outermost parts of a multimodal model that belong neither to its language model nor to its output head."""
-    if model.config.get_text_config() is model.config:
+    if model.config.get_text_config() is model.config or model.get_decoder() is model:
         return {}
     wanted = {model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()} - {None}
     found: dict[str, nn.Module] = {}
@@ -80,7 +79,7 @@ class Absent(nn.Module):
         self._name = type(part).__name__
         for name, value in vars(part).items():
             if not name.startswith("_") and isinstance(value, int | str | float):
-                setattr(self, name, copy.copy(value))
+                setattr(self, name, value)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Not to be run: raises TeacherError."""

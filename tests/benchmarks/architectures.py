@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 _GIB = 1 << 30
-_SECONDS = 300
+_SECONDS = 90
 _DEPTHS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"}
 _DEPTHS |= {"num_decoder_layers", "num_encoder_layers", "global_layers", "num_mem_blocks"}
 _EXPERTS = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"}
