@@ -58,7 +58,11 @@ class ChatEncoder:
         if re.search(r"\{%-?\s*generation\s*-?%\}", template):
             _, ranges = render(messages, marks=True)
             ranges = ranges[0] if ranges and isinstance(ranges[0], list) else ranges
-            boundary = len(render(messages[:first])) if first else 0
+            boundary = _position(render(messages[:first]), messages[first - 1], text, 0, alone=False) if first else 0
+            if boundary is None:
+                raise DataError(
+                    f"dataset: expected to find in the rendered chat where the completion of {where} begins"
+                )
             ranges = [span for span in ranges if span[0] >= boundary]
             _check_calls(messages[first:], "".join(text[begin:end] for begin, end in ranges), where)
         else:

@@ -139,6 +139,9 @@ def find(config: DatasetConfig) -> Data:
     if config.path == "demo" and config.data_files is None:
         return Data(config)
     if path.is_file():
+        if config.data_files is not None or config.name is not None:
+            key = "name" if config.data_files is None else "data_files"
+            raise DataError(f"dataset.{key}: expected none beside the file {path}, found {getattr(config, key)}")
         found = [path]
     elif config.path in ("demo", *_BUILDERS) and config.data_files is not None and not elsewhere:
         found = _matching(patterns, Path())
@@ -149,7 +152,7 @@ def find(config: DatasetConfig) -> Data:
         found = _matching(patterns, path) if config.data_files is not None else _in_folder(config, notes)
     elif glob.has_magic(config.path) and "://" not in config.path:
         found = _matching([config.path], Path())
-    elif config.path.startswith(("/", "./", "../", "~")):
+    elif config.path.startswith(("/", "./", "../", "~")) or kind(path) is not None:
         raise DataError(f"dataset.path: found no file or folder {config.path}")
     else:
         return Data(config)

@@ -114,6 +114,8 @@ def _json(file: Path, columns: Any, split: str) -> Iterator[Row]:
             content = json.load(whole)
         except ValueError as error:
             raise DataError(f"dataset.path: {file}: expected JSON, found none: {error}") from error
+    if isinstance(content, dict) and _LISTS_OF_A_RECORD & {*content}:
+        content = [content]
     if isinstance(content, dict):
         lists = _lists_in(content)
         name = split if split in lists else next(iter(lists), "")
@@ -146,6 +148,9 @@ def _csv(file: Path, _columns: Any, _split: str) -> Iterator[Row]:
     with _text(file, newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t" if kind(file) == ".tsv" else ",", strict=True)
         try:
+            names = list(reader.fieldnames or [])
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"dataset.path: {file} line 1: expected different columns, found {twice[0]} twice")
             for row in reader:
                 if None in row:
                     found = len(reader.fieldnames or []) + len(row[None])

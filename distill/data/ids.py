@@ -30,6 +30,12 @@ class Tokens(Form):
         self.optional = () if self._apart else ("attention_mask", *found[:1])
 
     def _encode(self, row: Row, where: str) -> Encoded:
+        late = [name for name in self.masks if row.get(name) is not None and name not in (self._mask, *self.unused)]
+        if late and not self._apart:
+            raise DataError(
+                f"dataset: expected the columns of the first examples, found {late[0]!r} too in {where}: put one "
+                "that has it first"
+            )
         if self._apart:
             asked, answered = (self._ids(row, name, where) for name in self.columns)
             if not answered:

@@ -114,11 +114,26 @@ def _normal(message: Message, where: str) -> Message:
         raise DataError(f"dataset: expected a list of {{role, content}}, found no role in {where}: {show(message)}")
     if role.lower() == "function_call":
         message["tool_calls"] = [{"type": "function", "function": _call(message.pop("content", None), where)}]
-    if isinstance(message.get("content"), list):
-        message["content"] = "".join(_words(part, where) for part in message["content"])
+    if "content" in message:
+        message["content"] = _text_of(message["content"], str(_ROLES.get(role.lower(), role)), where)
     if isinstance(calls := message.get("tool_calls"), list):
         message["tool_calls"] = [_with_arguments(call) for call in calls]
-    return {"role": _ROLES.get(role.lower(), role), **message}
+    role = role.lower() if role.lower() in _OF_SHAREGPT else role  # others are a template's own
+    return {"role": _ROLES.get(role, role), **message}
+
+
+def _text_of(content: Any, role: str, where: str) -> str:
+    """The text of a content: as it is, its parts joined, or what a tool has returned as JSON."""
+    if isinstance(content, str):
+        return content
+    is_parts = isinstance(content, list) and all(
+        isinstance(part, str) or "text" in part or "type" in part for part in content
+    )
+    if _ROLES.get(role.lower(), role).lower() == "tool" and not is_parts:
+        return json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, list):
+        raise DataError(f"dataset: expected text or parts of text in {where}, found {show(content)}")
+    return "".join(_words(part, where) for part in content)
 
 
 def _words(part: Any, where: str) -> str:

@@ -127,7 +127,7 @@ def tokenize(
         for example, encoded in enumerate(bar):
             counts.update(encoded.notes)
             for tokens, trained in _pieces(form, encoded, limit, config.long, counts):
-                if trained is not None and not any(trained[1:]):
+                if len(tokens) < 2 or (trained is not None and not any(trained[1:])):
                     counts["without a token to train on"] += 1
                 else:  # the mask is about the next token, and the last row has none
                     spool.add(tokens, None if trained is None else [*trained[1:], False], example)

@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 from torch.utils.data import Dataset
 
-from distill.errors import DataError, StoreError
+from distill.errors import ConfigError, DataError, StoreError
 from distill.reading.samples import RowReader, Sample, to_sample
 from distill.reading.shuffle import Index, ShuffledBatches
 from distill.store.fingerprint import text_digest
@@ -108,7 +108,10 @@ class TeacherCache(Dataset[Sample]):
 
         Whole examples of the dataset are taken: all windows of a long text go to the same side, so that no part of a
         held-out text is trained on. The second cache is empty if `num_samples` is 0.
+        Raises ConfigError if it is negative.
         """
+        if num_samples < 0:
+            raise ConfigError(f"{self.path}: expected 0 or more samples to hold out, found {num_samples}")
         source = self._reader.store.read_all("sample_index")[self._index.numbers]
         examples, example_of, windows = np.unique(source, return_inverse=True, return_counts=True)
         order = np.random.default_rng(seed).permutation(len(examples))
@@ -128,8 +131,13 @@ class TeacherCache(Dataset[Sample]):
         """Batches in random order, of rank `rank`'s share of each epoch: see ShuffledBatches.
 
         window_blocks: how many blocks a DataLoader worker holds in memory; their samples are shuffled among each other.
-        Raises DataError as `check_trained` does.
+        Raises DataError as `check_trained` does, and ConfigError for numbers that make no batches.
         """
+        if batch_size < 1 or window_blocks < 1 or not 0 <= rank < world_size:
+            raise ConfigError(
+                f"{self.path}: expected batch_size and window_blocks of at least 1 and 0 <= rank < world_size, found "
+                f"{batch_size}, {window_blocks}, {rank} and {world_size}"
+            )
         self.check_trained("to train on")
         return ShuffledBatches(self._reader, self._index, batch_size, seed, rank, world_size, window_blocks)
 

@@ -141,8 +141,10 @@ def test_a_chat_as_users_write_it():
         "content": None,
         "tool_calls": [{"type": "function", "function": {**CALL["function"], "arguments": '{"city": "Rome"}'}}],
     }
-    chat[3] |= {"role": "model", "tool_calls": None}
+    chat[3] |= {"role": "Model", "tool_calls": None}
     assert normalize(chat, "a chat") == TOOL_CHAT
+    returned = {**TOOL_CHAT[2], "content": [{"degrees": 30}]}  # what a tool returns may be any JSON
+    assert normalize([returned], "a chat") == [{**TOOL_CHAT[2], "content": '[{"degrees": 30}]'}]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,19 @@ def test_only_the_completion_of_a_chat_is_trained_on():
     ):
         assert learned(template, TWO, first=3)[0].startswith("hi yo<|im_end|>")
         assert len(learned(template, TWO, first=3)) == 1
+
+
+def test_a_prompt_that_is_rendered_otherwise_before_its_completion():
+    """Its thought is deleted in the whole chat: the completion begins earlier than the prompt alone is long."""
+    marked = templates.QWEN3.replace("{{- content }}", "{% generation %}{{- content }}")
+    marked = marked.replace("{{- '<|im_end|>\\n' }}", "{{- '<|im_end|>\\n' }}{% endgeneration %}", 1)
+    asked = {"reasoning_content": "a long thought " * 9, **says("", "A1")[1]}
+    chat = [*says("q1"), asked, *says("q2", "A2 second", "q3", "A3")]
+    for template in (templates.QWEN3, marked):
+        found = learned(template, chat, first=3)
+        assert [
+            run.strip().endswith(end) for run, end in zip(found, ("A2 second<|im_end|>", "A3<|im_end|>"), strict=True)
+        ]
 
 
 def test_one_moment_for_all_chats_of_a_run():

@@ -202,6 +202,7 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
     "another encoding": ("x.txt", "é".encode("latin-1"), r"x\.txt: expected UTF-8"),
     "too many fields": ("x.csv", "text,b\na,b,c\n", r"x\.csv line 2: expected 2 fields, found 3"),
     "an open quote": ("x.csv", 'text,b\n"a,b\nc,d\n', r"x\.csv line 1: unexpected end of data"),
+    "two columns of one name": ("x.csv", "text,text\na,b\n", r"x\.csv line 1: .* found text twice"),
     "no form": ("x.jsonl", '{"a": 1, "b": 2}', "expected columns as in docs/data.md .* found a, b"),
     "not a file of data": ("x.png", "x", "expected files named .jsonl"),
 }  # fmt: skip
@@ -222,7 +223,7 @@ def test_words_that_pandas_takes_for_nothing_are_text(tmp_path):
 
 
 def test_a_column_that_is_not_used_may_be_anything(tmp_path):
-    rows = [{"text": "a", "other": 1}] * 3000 + [{"text": "b", "other": {"c": "d"}}, {"text": "e"}]
+    rows = [{"text": "ab", "other": 1}] * 3000 + [{"text": "cd", "other": {"c": "d"}}, {"text": "ef"}]
     path = write(tmp_path / "x.jsonl", rows)
     assert len(run(f"dataset.path={path}").lengths) == 3002
 
@@ -269,6 +270,14 @@ def test_a_dataset_of_the_hub(monkeypatch):
             run(*arguments, "dataset.split=validation")
     assert ("some/id", "all", None, None, True) in asked
     assert ("some/id", "all", None, "train[:50%]", False) in asked
+
+
+def test_what_would_be_ignored_or_is_misspelt_is_refused(sources):
+    for more, key in (("dataset.data_files=x.csv", "data_files"), ("dataset.name=all", "name")):
+        with pytest.raises(DataError, match=rf"dataset\.{key}: expected none beside the file .*x\.jsonl, found"):
+            run(f"dataset.path={sources / 'x.jsonl'}", more)
+    with pytest.raises(DataError, match=r"found no file or folder data/nowhere\.jsonl"):
+        run("dataset.path=data/nowhere.jsonl")
 
 
 def test_files_without_a_path_are_read_and_not_the_demo(sources):

@@ -1,5 +1,6 @@
 """What becomes of every form of data, in tokens and mask: «what is trained on» is shown by its marks."""
 
+import json
 from typing import Any
 
 import datasets
@@ -69,6 +70,18 @@ def test_every_form_is_recognized_by_its_columns(tmp_path, name):
         samples = run(f"dataset.path={path}", tokenizer=tokenizer())
         assert shown(samples, tokenizer()) == [expected]
         assert samples.has_loss_mask == (name not in ("text", "ids"))
+
+
+def test_a_mask_that_comes_late_is_not_ignored(tmp_path):
+    rows = [{"input_ids": [1, 96, 98]}] * 150
+    path = write(tmp_path / "x.jsonl", [*rows, {"input_ids": [1, 96, 98], "labels": [-100, -100, 98]}])
+    with pytest.raises(DataError, match="found 'labels' too in example 150"):
+        run(f"dataset.path={path}")
+
+
+def test_one_chat_alone_in_a_file(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"messages": CHAT}, indent=1))
+    assert shown(run(f"dataset.path={tmp_path / 'x.json'}", tokenizer=tokenizer()), tokenizer()) == [SHOWN]
 
 
 def test_alpaca_without_a_chat_template(tmp_path):
@@ -152,8 +165,6 @@ def test_a_beginning_is_not_doubled(tmp_path, caplog):
 
 def test_no_token_lies_in_both_prompt_and_completion(tmp_path):
     """The model is asked with the prompt's own tokens: a merge across the border would never be seen again."""
-    import json
-
     from tokenizers import Tokenizer
 
     made = make_tokenizer()
@@ -181,6 +192,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no mask": ({"input_ids": [1, 2], "loss_mask": [0.5, 1]}, "expected zeros and ones in 'loss_mask' of example 1"),
     "beyond": ({"input_ids": [1, 2], "prompt_length": 3}, "expected a prompt_length of 0 to 2 in example 1"),
     "a hole": ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "ones between padding in example 1"),
+    "a number": ({"messages": [CHAT[0], {"role": "assistant", "content": 5}]}, "found 5 .int."),
     "no json": ({"messages": CHAT, "tools": "{"}, "tools: expected JSON in 'messages' of example 1"),
 }  # fmt: skip
 

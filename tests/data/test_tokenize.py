@@ -79,6 +79,8 @@ def test_what_teaches_nothing_is_dropped_and_said(tmp_path, caplog):
     assert samples.source.tolist() == [0]
     assert "4 examples of" in caplog.text
     assert "dropped 1 null, 1 empty, 1 without a token to train on" in caplog.text
+    single = write(tmp_path / "z.jsonl", [{"text": "a"}, {"text": "ab"}])
+    assert run(f"dataset.path={single}").source.tolist() == [1]  # of one token no other is predicted
     for only in (rows[1:], [{"messages": [{"role": "narrator", "content": "x"}]}]):
         path = write(tmp_path / "y.jsonl", only)
         with pytest.raises(
