@@ -74,6 +74,7 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     job = prepare.plan_job(config, grid, board, source, needs, device)
     if job is None:  # complete already
         return
+    session.how_to_go_on = "what is committed stays, and the same command continues from there"
     # 3. deal
     grid = grid.sharded(job.placement.workers)
     session.role = grid.role
@@ -93,7 +94,6 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             longest = int(job.store.read_all("sample_length").max())
             teacher = Teacher(model, device, share, longest, config.batch.max_tokens)
             worker = Worker(config, job.store, teacher, board, watch, job.missing, mine)
-            session.how_to_go_on = "what is committed stays, and the same command continues from there"
             bar = session.bar(worker.total_tokens, worker.done_tokens, "teacher", "tok", worker.progress)
             # 4. forward, 5. write
             worker.work()

@@ -150,7 +150,8 @@ def test_two_nodes_are_preempted_and_go_on(
     """Signalled as before the end of its time, queued again, done: the bytes are those of an undisturbed run."""
     arguments = settings(model_folder("llama"), texts(100))
     job = cluster.submit(tmp_path, "distill.generate", *arguments)
-    wait_for(lambda: committed(tmp_path / "x.zarr") >= 3, lambda: console(tmp_path, job))
+    began = lambda: any(has(log, "is committed") for log in (tmp_path / "logs" / job).glob("worker_0*"))  # noqa: E731
+    wait_for(lambda: committed(tmp_path / "x.zarr") >= 3 and began(), lambda: console(tmp_path, job))
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     said = console(tmp_path, job)
