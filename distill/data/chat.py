@@ -8,6 +8,7 @@ be found there is refused; nothing is guessed.
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -52,7 +53,8 @@ class ChatEncoder:
         def render(turns: list[Message], prompt: bool = False, marks: bool = False) -> Any:
             return self._render(template, turns, tools, given, prompt, marks)
 
-        messages, text = _faithful(render, messages, where)
+        given_words = json.dumps([messages, tools, list(given.values())], ensure_ascii=False, default=str) + template
+        messages, text = _faithful(render, messages, given_words, where)
         lost = tools and not all(name in text for name in map(_name_of, tools))
         notes = ("have tools, which the chat template leaves out",) if lost else ()
         if re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -86,19 +88,16 @@ class ChatEncoder:
         return (texts[0], ranges) if marks else texts[0]
 
 
-def _faithful(render: Render, messages: list[Message], where: str) -> tuple[list[Message], str]:
-    """The chat in the first of its variants whose text has all words of it, and that text."""
+def _faithful(render: Render, messages: list[Message], given: str, where: str) -> tuple[list[Message], str]:
+    """The chat in the first of its variants whose text has all words of it, and that text.
+
+    given: all that the text may have its words from. Python's own words for values are not among them.
+    """
     complaints: dict[int, str] = {}
-    said = " ".join(str(message.get("content")) for message in messages if "content" in message)
-    arguments = [
-        str(call["arguments"])
-        for message in messages
-        for call in calls_of(message)
-        if isinstance(call.get("arguments"), dict) and call["arguments"]
-    ]
-    reprs = [
-        words for words in ("None", "'type': 'text'", "'function': {", *arguments) if words not in said
-    ]  # Python's, not words
+    said = " ".join(str(message.get("content")) for message in messages)
+    arguments = [call.get("arguments") for message in messages for call in calls_of(message)]
+    written = [str(found) for found in arguments if isinstance(found, dict) and found and str(found) not in said]
+    reprs = [*written, *(words for words in ("None", "'type': 'text'", "'function': {") if words not in given)]
     for turns in variants(messages):
         try:
             text = render(turns)

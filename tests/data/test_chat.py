@@ -195,6 +195,15 @@ def test_a_prompt_that_is_rendered_otherwise_before_its_completion():
         ]
 
 
+def test_words_of_python_are_words_where_they_are_given():
+    tools = [{"type": "function", "function": {"name": "weather", "description": "None if unknown"}}]
+    template = "{{ tools | tojson }} " + templates.QWEN3
+    assert learned(template, TOOL_CHAT[:1] + TOOL_CHAT[3:], tools=tools) == [
+        f"<think>\n\n</think>\n\n{SUNNY}<|im_end|>"
+    ]
+    assert learned("None " + templates.CHATML, TWO) == ["yo<|im_end|>", "hi yo<|im_end|>"]
+
+
 def test_one_moment_for_all_chats_of_a_run():
     encoder = ChatEncoder(make_tokenizer(), templates.LLAMA, {})
     assert encoder.encode(TWO, "a")[0] == encoder.encode(TWO, "b")[0]
