@@ -182,9 +182,7 @@ def _turn(
     alone: there is one message between this and the assistant's message before
     """
     previous = messages[i - 1] if i else {}
-    before, prompted = render(messages[:i]), render(messages[:i], prompt=True)
-    before = _common(before, prompted)  # without what some templates write at the end of a chat
-    prompt = prompted[len(before) :]
+    before, prompt = _before(render, messages[:i], text)
     at = _position(before, previous, text, least, alone)
     if at is None:
         return None
@@ -198,7 +196,9 @@ def _turn(
     if i == len(messages) - 1:
         return begin, len(closed) if text.startswith(closed) else len(text)
     renderings = [closed, render(messages[: i + 1])]
-    starts = [_position(before, previous, whole, 0, alone) for whole in renderings]
+    starts = [
+        at if whole.startswith(text[:at]) else _position(before, previous, whole, 0, alone) for whole in renderings
+    ]
     turns = [whole[start:] for whole, start in zip(renderings, starts, strict=True) if start is not None]
     for turn in turns:
         if text.startswith(turn, at):
@@ -208,6 +208,19 @@ def _turn(
     ends = [middle + len(_longest_end(turn, text, middle)) for turn, middle in zip(turns, middles, strict=True)]
     end = max((end for end, middle in zip(ends, middles, strict=True) if end > middle), default=begin)
     return (begin, end) if end > begin else None
+
+
+def _before(render: Render, turns: list[Message], text: str) -> tuple[str, str]:
+    """What a chat is before its next turn, without what some templates write at its end; and the generation prompt."""
+    try:
+        plain, prompted = render(turns), render(turns, prompt=True)
+        before = _common(plain, prompted)
+    except Exception:  # some templates want a user's turn, and a chat may begin with the assistant's
+        asked = [{"role": "user", "content": _STAND_IN}]
+        if turns or (at := text.find(_before(render, asked, text)[1])) < 0:
+            raise
+        before, prompted = text[:at], text[:at] + _before(render, asked, text)[1]
+    return before, prompted[len(before) :]
 
 
 def _common(text: str, other: str) -> str:
@@ -226,6 +239,8 @@ def _position(before: str, previous: Message, text: str, least: int, alone: bool
     """Where the chat goes on after what is `before`, of which the message `previous` is the last; None if unclear."""
     if text.startswith(before) and len(before) >= least:
         return len(before)
+    if previous.get("role") == "assistant" and least:
+        return least + len(text[least:]) - len(text[least:].lstrip())
     words = _words_of(previous)
     tail = before[before.rfind(words) :] if words and words in before else ""
     found = [match.end() for match in re.finditer(re.escape(tail), text[least:])] if tail else []

@@ -49,6 +49,9 @@ SUNNY = "It is sunny."
 TWO = says("hi yo", "yo", "yo", "hi yo")
 
 
+NO_BEGINNING = "{{ '' if messages[0].role else '' }}System.\n" + templates.CHATML  # it fails without a message
+
+
 @pytest.mark.parametrize(
     ("template", "chat", "more", "expected"),
     [
@@ -101,6 +104,20 @@ TWO = says("hi yo", "yo", "yo", "hi yo")
                 "<|channel|>final<|message|>It is sunny.<|end|>",
                 "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yo<|return|>",
             ],
+        ),
+        (templates.QWEN3, TWO[1:], {}, ["yo<|im_end|>", "<think>\n\n</think>\n\nhi yo<|im_end|>"]),
+        (NO_BEGINNING, TWO[1:], {}, ["yo<|im_end|>", "hi yo<|im_end|>"]),
+        (
+            templates.QWEN3,
+            [TWO[0], TWO[1], {"role": "assistant", "content": "yo"}, *TWO],
+            {},
+            ["yo<|im_end|>", "yo<|im_end|>", "yo<|im_end|>", "<think>\n\n</think>\n\nhi yo<|im_end|>"],
+        ),
+        (
+            templates.QWEN3,
+            [*TWO, {"role": "assistant", "content": "more"}],
+            {},
+            ["yo<|im_end|>", "hi yo<|im_end|>", "<think>\n\n</think>\n\nmore<|im_end|>"],
         ),
         (templates.PARTS, TWO, {}, ["yo<|im_end|>", "hi yo<|im_end|>"]),
         (templates.LOOKS_AHEAD, TWO, {}, ["yo<|im_end|>", "hi yo<|im_end|>"]),
