@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def test_inspect_describes_a_store(tmp_path: Path) -> None:
     for words in ("distill-cache, version 1, complete", "LlamaForCausalLM, float32", "vocabulary 1,000, tokenizer 262"):
         assert words in shown.stdout
     assert "8 samples" in shown.stdout
+    assert re.search(r"«.*you( you)* ?<\|end\|>»", shown.stdout), shown.stdout
     assert "loss_mask" in shown.stdout
     assert "bytes/token" in shown.stdout
     examples = [line for line in shown.stdout.splitlines() if " -> " in line and line[0] == " "]

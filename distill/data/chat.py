@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
+from distill.data.form import encoding
 from distill.data.messages import Message, calls_of, variants
 from distill.errors import DataError, first_line
 
@@ -69,7 +70,7 @@ class ChatEncoder:
             _check_calls(messages[first:], "".join(text[begin:end] for begin, end in ranges), where)
         else:
             ranges = _turns(render, messages, text, first, where)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = encoding(self._tokenizer, text, where, add_special_tokens=False, return_offsets_mapping=True)
         trained = [any(a < end and b > begin for begin, end in ranges) for a, b in encoded["offset_mapping"]]
         return list(encoded["input_ids"]), trained, notes
 

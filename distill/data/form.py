@@ -49,10 +49,7 @@ class Form:
 
     def _tokens(self, text: str, where: str, specials: bool = True) -> list[int]:
         """The tokens of a text, with the tokenizer's special tokens."""
-        try:
-            return list(self._tokenizer(text, add_special_tokens=specials, verbose=False)["input_ids"])
-        except Exception as error:  # the tokenizer's own
-            raise DataError(f"dataset: expected valid Unicode in {where}, {_fault(text, error)}") from error
+        return list(encoding(self._tokenizer, text, where, add_special_tokens=specials)["input_ids"])
 
     def _undoubled(self, tokens: list[int], trained: list[bool] | None = None) -> Encoded:
         """A text with one beginning, where it began with the tokenizer's special tokens already."""
@@ -67,6 +64,14 @@ class Form:
         if not isinstance(value, str | None):
             raise DataError(f"dataset: expected text in {column!r} of {where}, found {show(value)}")
         return value or ""
+
+
+def encoding(tokenizer: Any, text: str, where: str, **options: Any) -> Any:
+    """What the tokenizer makes of a text. Raises DataError for one that it does not accept."""
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except Exception as error:  # the tokenizer's own
+        raise DataError(f"dataset: expected valid Unicode in {where}, {_fault(text, error)}") from error
 
 
 def empty(row: Row, columns: Sequence[str]) -> str:

@@ -73,10 +73,7 @@ class Chats(Form):
             messages.insert(0, {"role": "system", "content": system})
         tools = parsed(row.get("tools"), list, "dataset: tools", where)
         variables = parsed(row.get("chat_template_kwargs"), dict, "dataset: chat_template_kwargs", where)
-        try:
-            return Encoded(*self._chats.encode(messages, where, tools, variables, len(before)))
-        except UnicodeEncodeError as error:
-            raise DataError(f"dataset: expected text that is valid Unicode in {where}: {error}") from error
+        return Encoded(*self._chats.encode(messages, where, tools, variables, len(before)))
 
 
 class ShareGpt(Chats):

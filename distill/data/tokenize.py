@@ -34,7 +34,7 @@ from distill.run.processes import obey_parent_only, signals_blocked
 
 logger = logging.getLogger(__name__)
 
-TEXT_WINDOW = 1024
+_TEXT_WINDOW = 1024
 """Tokens in a window of a text, with dataset.max_length=auto."""
 
 _BATCH_EXAMPLES = 256
@@ -149,7 +149,7 @@ def tokenize(
 def _limit(form: Form, config: DatasetConfig, context_length: int | None) -> int | None:
     """The most tokens that a sample may have."""
     if config.max_length == "auto":
-        return min(TEXT_WINDOW, context_length or TEXT_WINDOW) if form.splits else context_length
+        return min(_TEXT_WINDOW, context_length or _TEXT_WINDOW) if form.splits else context_length
     return None if config.max_length is None else int(config.max_length)
 
 

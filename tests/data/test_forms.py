@@ -192,6 +192,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no mask": ({"input_ids": [1, 2], "loss_mask": [0.5, 1]}, "expected zeros and ones in 'loss_mask' of example 1"),
     "beyond": ({"input_ids": [1, 2], "prompt_length": 3}, "expected a prompt_length of 0 to 2 in example 1"),
     "a hole": ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "ones between padding in example 1"),
+    "half a character": (
+        {"messages": [{"role": "user", "content": "a\ud83d"}, CHAT[1]]},
+        "'messages' of example 1, found half of a surrogate pair",
+    ),
     "a number": ({"messages": [CHAT[0], {"role": "assistant", "content": 5}]}, "found 5 .int."),
     "no json": ({"messages": CHAT, "tools": "{"}, "tools: expected JSON in 'messages' of example 1"),
 }  # fmt: skip
