@@ -55,10 +55,11 @@ def main(arguments: Sequence[str]) -> int:
 def describe(store: Store) -> str:
     """The whole description, as printed."""
     found = store.attributes
-    commits, lengths = store.read_all("commits"), store.read_all("sample_length")
-    done = int((commits >= 0).sum())
-    tokens = int(commits[commits >= 0].sum())
-    state = "complete" if store.complete else f"unfinished: {done} of {len(commits)} blocks, {tokens:,} tokens"
+    committed, lengths = store.committed(), store.read_all("sample_length")
+    tokens = int(store.tokens_per_block()[committed].sum())
+    state = "complete"
+    if not store.complete or not committed.all():
+        state = f"unfinished: {committed.sum()} of {len(committed)} blocks, {tokens:,} tokens"
     sizes = {name: store.describe(name) for name in store.array_names()}
     total = sum(size for _, _, size in sizes.values())
     teacher = found["teacher"]
@@ -71,7 +72,7 @@ def describe(store: Store) -> str:
             f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
             "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}, "
             f"mean top-k mass {mean_kept_mass(store):.4f}",
-            "layout": f"{len(commits)} blocks of {store.block_rows:,} rows",
+            "layout": f"{len(committed)} blocks of {store.block_rows:,} rows",
             "size": f"{human(total)}, {total / max(1, tokens):.0f} bytes/token",
             "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
         }
@@ -81,13 +82,13 @@ def describe(store: Store) -> str:
         shown = " x ".join(map(str, shape))
         arrays.append(f"{name:16}{shown:>16}{dtype:>10}{human(size):>12}{size / max(1, tokens):>13.1f}")
     tokenizer = local_tokenizer(teacher["model"], teacher["revision"])
-    return "\n\n".join([head, "\n".join(arrays), *_examples(store, commits, tokenizer)])
+    return "\n\n".join([head, "\n".join(arrays), *_examples(store, committed, tokenizer)])
 
 
-def _examples(store: Store, commits: NDArray[np.int64], tokenizer: Any) -> list[str]:
+def _examples(store: Store, committed: NDArray[np.bool_], tokenizer: Any) -> list[str]:
     """A sample with what is trained on marked, and the first rows of two in words; none where nothing is committed."""
     starts, lengths = store.read_all("sample_start"), store.read_all("sample_length")
-    there = np.flatnonzero((commits[starts // store.block_rows] >= 0) & (lengths > 1))
+    there = np.flatnonzero(committed[starts // store.block_rows] & (lengths > 1))
     shown = [_marked(store, int(starts[sample]), int(lengths[sample]), tokenizer) for sample in there[:1] if tokenizer]
     return [
         *shown,

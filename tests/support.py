@@ -1,10 +1,10 @@
 """What several tests need: small models, launching the command line, and looking at a store without distill."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -273,18 +273,36 @@ def open_raw(store: Path, name: str) -> Any:
     return tensorstore.open(spec).result().read().result()
 
 
+def reseal(store: Path, **changes: Any) -> None:
+    """Change attributes of a store, as if it had been made so."""
+    from distill.store.metadata import sealed
+
+    for file in (store / "zarr.json", store / "commits" / "zarr.json"):
+        document = json.loads(file.read_text())
+        document["attributes"] = sealed(document["attributes"] | changes)
+        file.write_text(json.dumps(document))
+
+
 def masked_store(store: Path, folder: Path, trained: Sequence[int]) -> Path:
     """A copy of a store without a loss mask, with one: true at the first token of the samples `trained` only."""
-    import zarr
+    from distill.store.schema import CAPTURED
+    from distill.store.store import Store
+    from distill.store.writable import WritableStore
 
-    from distill.store.codecs import create_array
-    from distill.store.schema import ArraySpec
-
-    shutil.copytree(store, folder)
-    group: Any = zarr.open_group(folder, mode="r+")
-    num_rows, block_rows = group["tokens"].shape[0], int(group.attrs["block_rows"])
-    mask = np.zeros(num_rows, bool)
-    mask[group["sample_start"][:][list(trained)]] = True
-    create_array(group, ArraySpec("loss_mask", "row", (), "bool", False), num_rows, block_rows, block_rows, "portable")
-    group["loss_mask"][:] = mask
+    old = Store.existing(str(store), {})
+    mask = np.zeros(old.num_blocks * old.block_rows, bool)
+    mask[old.read_all("sample_start")[list(trained)]] = True
+    new = WritableStore.create(str(folder), {}, old.attributes, masked=True, codec="portable")
+    for name in ("sample_start", "sample_length", "sample_index"):
+        new.write_all(name, old.read_all(name))
+    for block in range(old.num_blocks):
+        rows = block * old.block_rows, (block + 1) * old.block_rows
+        new.write_rows("tokens", block, old.read_rows("tokens", *rows))
+        new.write_rows("loss_mask", block, mask[slice(*rows)])
+    new.publish()
+    for block, tokens in enumerate(old.tokens_per_block()):
+        for name, values in old.read_arrays(CAPTURED, block * old.block_rows, (block + 1) * old.block_rows).items():
+            new.write_rows(name, block, values)
+        new.commit(block, int(tokens))
+    new.mark_complete()
     return folder

@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import ConfigError
-
-INNER_ROWS = 8192
-"""Rows of an inner chunk: the smallest piece that a reader can decompress."""
+from distill.store.schema import INNER_ROWS
 
 _LARGEST_AUTO_BLOCK = 65536
 _FEWEST_AUTO_BLOCKS = 64

@@ -47,14 +47,14 @@ class TeacherCache(Dataset[Sample]):
         starts, lengths = store.read_all("sample_start"), store.read_all("sample_length")
         self._index = Index(np.arange(len(starts)), starts, lengths)
         if not store.complete:
-            commits = store.read_all("commits")
+            committed = store.committed()
             if not allow_unfinished:
-                there = f"{(commits >= 0).sum()} of {len(commits)} blocks are there"
+                there = f"{committed.sum()} of {len(committed)} blocks are there"
                 raise StoreError(
                     f"{path} is unfinished ({there}): run distill.generate again to its end, or open it with "
                     "allow_unfinished=True"
                 )
-            self._index = self._index.take(commits[starts // store.block_rows] >= 0)
+            self._index = self._index.take(committed[starts // store.block_rows])
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
 

@@ -109,12 +109,12 @@ class RowReader:
             if opened.store.read_rows("commits", block, block + 1)[0] < 0:
                 raise StoreError(f"{self.path}: block {block} is not there (it has no commit)")
             opened.committed.add(block)
-        return {name: opened.store.read_rows(name, start, stop) for name in opened.names}
+        return opened.store.read_arrays(opened.names, start, stop)
 
     def read_sample(self, start: int, stop: int) -> Rows:
         """The rows of one sample, as in `read`. The last few inner chunks are kept, for samples to come."""
         store = self.store
-        size = min(store.inner_rows, store.block_rows)
+        size = store.inner_rows
         parts = []
         for number in range(start // size, (stop - 1) // size + 1):
             first, chunk = number * size, self._chunk(number, size)

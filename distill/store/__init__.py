@@ -4,8 +4,11 @@ Only this package uses zarr. It knows arrays, blocks and commits, and nothing of
 
 store        Store: open and read
 writable     WritableStore: create, write and commit
-schema       array_specs, CAPTURED: which arrays there are
+schema       CAPTURED, INNER_ROWS: which arrays there are
 codecs       how an array is cut and compressed
+metadata     the zarr.json of the group and of each array, and their digests
+soundness    BlockCheck, Problem, block_problems, metadata_problems, plan_problems: is all as the format promises?
+repair       restore_metadata, take_back: what is damaged is made again
 location     check_writable, Lock: local folders, object stores, locks, fsync
 fingerprint  digest, text_digest, summarize, differences: what makes two runs the same run
 """

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 3.0  # workers of a run that was just killed may still be ending
 
 
+_MARKS = "zarr.json", "commits/zarr.json"  # a store that lacks one of them is damaged, and no other content
+
+
 def locate(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
     """The zarr store for a local path or a URL. options: of the object store's client. Raises StoreError."""
     if "://" not in path:
@@ -37,14 +40,17 @@ def locate(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
 
 
 def is_group(path: str, location: Any) -> bool:
-    """Whether a Zarr group is there; False where nothing is. Raises StoreError for a file, or other content."""
+    """Whether a Zarr group is there, or what is left of a store; False where nothing is.
+
+    Raises StoreError for a file, or other content.
+    """
     try:
         if "://" in path:
-            there = sync(location.exists("zarr.json"))
+            there = any(sync(location.exists(key)) for key in _MARKS)
             kind = "" if there or sync(location.is_empty("")) else "other content"
         else:
             root = Path(path)
-            there = (root / "zarr.json").is_file()
+            there = any((root / key).is_file() for key in _MARKS)
             inside = root.iterdir() if root.is_dir() and not there else []
             foreign = any(not entry.name.endswith(".partial") for entry in inside)
             kind = "a file" if root.is_file() else "a folder with other content" if foreign else ""

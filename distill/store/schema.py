@@ -1,5 +1,6 @@
 """Format version 1 as data: which arrays a store has. docs/format.md says what they mean."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,8 +9,17 @@ import numpy as np
 FORMAT = "distill-cache"
 VERSION = 1
 
+INNER_ROWS = 8192
+"""Rows of an inner chunk: the smallest piece that a reader can decompress, and that has a checksum of its own."""
+
+SAMPLE_TABLE = ("sample_start", "sample_length", "sample_index")
+"""The arrays over samples, which the plan writes."""
+
+PLANNED = ("tokens", "loss_mask")
+"""The arrays over rows that the plan writes; loss_mask only where not every token is trained on."""
+
 CAPTURED = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob")
-"""The arrays that workers write, block by block."""
+"""The arrays over rows that workers write, block by block."""
 
 
 @dataclass(frozen=True)
@@ -17,25 +27,32 @@ class ArraySpec:
     """One array: what its first axis counts, and its trailing axes, dtype and fill value."""
 
     name: str
-    over: Literal["row", "sample"]
+    over: Literal["row", "sample", "block"]
     trailing: tuple[tuple[str, int], ...]
     dtype: str
     fill: Any
 
 
-def array_specs(k: int, num_temperatures: int, loss_mask: bool) -> list[ArraySpec]:
-    """All arrays except ``commits``, which is created last, when the plan is written."""
-    temperature = ("temperature", num_temperatures)
-    specs = [
-        ArraySpec("sample_start", "sample", (), "int64", 0),
-        ArraySpec("sample_length", "sample", (), "int32", 0),
-        ArraySpec("sample_index", "sample", (), "int64", 0),
+def array_specs(attributes: Mapping[str, Any], masked: bool) -> list[ArraySpec]:
+    """All arrays of a store with these attributes: k, temperatures and block_rows count. masked: with a loss_mask."""
+    k, temperature = ("k", attributes["k"]), ("temperature", len(attributes["temperatures"]))
+    inner_chunks = attributes["block_rows"] // inner_rows(attributes)
+    return [
+        ArraySpec("sample_start", "sample", (), "int64", -1),
+        ArraySpec("sample_length", "sample", (), "int32", -1),
+        ArraySpec("sample_index", "sample", (), "int64", -1),
         ArraySpec("tokens", "row", (), "int32", -1),
-        ArraySpec("target_ids", "row", (("k", k),), "int32", -1),
-        ArraySpec("target_logprobs", "row", (("k", k),), "float16", np.nan),
+        *([ArraySpec("loss_mask", "row", (), "bool", False)] if masked else []),
+        ArraySpec("target_ids", "row", (k,), "int32", -1),
+        ArraySpec("target_logprobs", "row", (k,), "float16", np.nan),
         ArraySpec("logsumexp", "row", (temperature,), "float32", np.nan),
         ArraySpec("tail_logprob", "row", (temperature,), "float16", np.nan),
+        ArraySpec("plan_checksums", "block", (("checksum", (1 + masked) * inner_chunks),), "uint32", 0),
+        ArraySpec("checksums", "block", (("checksum", len(CAPTURED) * inner_chunks),), "uint32", 0),
+        ArraySpec("commits", "block", (), "int64", -1),
     ]
-    if loss_mask:
-        specs.append(ArraySpec("loss_mask", "row", (), "bool", False))
-    return specs
+
+
+def inner_rows(attributes: Mapping[str, Any]) -> int:
+    """Rows of an inner chunk of a store with these attributes."""
+    return min(INNER_ROWS, int(attributes["block_rows"]))

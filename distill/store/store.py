@@ -3,58 +3,79 @@
 A store is a Zarr v3 group. Arrays over rows are cut into blocks: one shard of each array per block. A block without an
 entry in ``commits`` is not there, whatever chunks of it exist.
 
+Whatever is read is compared with its checksum: a chunk that is damaged, missing or another's is an error, never data.
+
 R rows, S samples, B blocks.
 """
 
+import asyncio
+import bisect
+import hashlib
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections import OrderedDict
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.array import AsyncArray
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.core.sync import sync
+from zarr.storage import StorePath
 
-from distill.errors import StoreError, first_line
+from distill.errors import DistillError, StoreError, first_line
 from distill.store.location import is_group, locate
-from distill.store.schema import FORMAT, VERSION
+from distill.store.metadata import DamageError, Document, keys_below, read_metadata
+from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE, inner_rows
 
 # zarr warns of pcodec each time an array is opened; docs/format.md says it once.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
 
+_CHUNKS_KEPT = 16
+_REMOTE_REQUESTS = 16  # at a time
+
 
 class Store:
-    """An open store. Each process opens its own."""
+    """An open store. Each process opens its own; any number of threads may read it."""
 
     _mode: Any = "r"
 
-    def __init__(self, group: zarr.Group, path: str) -> None:
-        self._group, self.path = group, path
+    def __init__(self, path: str, location: Any, attributes: Mapping[str, Any], documents: Mapping[str, Document]):
+        self.path, self.location = path, location
+        self.attributes: dict[str, Any] = dict(attributes)
+        self.block_rows = int(attributes["block_rows"])
+        self.num_blocks, self.num_samples = int(attributes["num_blocks"]), int(attributes["num_samples"])
+        self.inner_rows = inner_rows(attributes)
+        """Rows of an inner chunk: the smallest piece that can be decompressed and checked."""
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        self.attributes: dict[str, Any] = dict(group.attrs)
-        self.block_rows = int(self.attributes["block_rows"])
+        self._add_arrays(documents)
+        self._kept: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
+        self._guard = threading.Lock()
 
     @classmethod
     def open(cls, path: str, options: Mapping[str, Any]) -> Self | None:
         """The store at `path`, a folder or a URL; None where there is nothing. options: of the object store's client.
 
-        Raises StoreError where there is something else, or a format version that this program does not know.
+        Raises StoreError where there is something else, a format version that this program does not know, or metadata
+        that does not match its digest.
         """
         location = locate(path, options, read_only=cls._mode == "r")
         if not is_group(path, location):
             return None
-        zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1})  # the workers are the parallelism
+        # Locally the workers are the parallelism; a server answers many requests as fast as one.
+        requests = _REMOTE_REQUESTS if "://" in path else 1
+        zarr.config.set({"async.concurrency": requests, "threading.max_workers": 1})
+        attributes, documents = read_metadata(path, location)
         try:
-            group = zarr.open_group(location, mode=cls._mode)
-        except Exception as error:  # zarr's, the file system's, or an object store client's own
-            raise StoreError(f"store.path: cannot open {path}: {first_line(error)}") from error
-        found = group.attrs.get("format"), group.attrs.get("version")
-        if found[0] != FORMAT:
-            raise StoreError(
-                f"store.path: expected a {FORMAT} at {path}, found another Zarr group (format {found[0]!r})"
-            )
-        if found[1] != VERSION:
-            raise StoreError(f"store.path: expected format version {VERSION} at {path}, found {found[1]!r}")
-        return cls(group, path)
+            return cls(path, location, attributes, documents)
+        except DistillError:
+            raise
+        except Exception as error:  # what the attributes say makes no sense, although they match their digest
+            raise DamageError(path, f"its metadata is not that of a store: {first_line(error)}") from error
 
     @classmethod
     def existing(cls, path: str, options: Mapping[str, Any]) -> Self:
@@ -67,45 +88,187 @@ class Store:
     @property
     def published(self) -> bool:
         """Whether the plan was written to its end. Otherwise nothing in the store is valid yet."""
-        return "commits" in self._group
+        return "commits" in self._arrays
 
     @property
     def complete(self) -> bool:
         """Whether every block was committed, and that was checked."""
         return bool(self.attributes["complete"])
 
-    @property
-    def inner_rows(self) -> int:
-        """Rows of an inner chunk: the smallest piece that can be decompressed."""
-        return int(self._array("tokens").chunks[0])
-
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Entries [start, stop) of an array, over rows, samples or blocks. Raises StoreError where it is damaged."""
-        try:
-            return np.asarray(self._array(name)[start:stop])
-        except Exception as error:  # codecs raise RuntimeError, ValueError and their own
-            raise StoreError(f"{self.path}: damaged data in {name}, rows {start} to {stop}: {error}") from error
+        """Entries [start, stop) of an array, over rows, samples or blocks, as in `read_arrays`."""
+        if name in SAMPLE_TABLE:
+            return self._read_samples(name, start, stop)
+        if name in PLANNED + CAPTURED:
+            return self.read_arrays([name], start, stop)[name]
+        return self._fetch([(name, start, stop)])[0]
+
+    def read_arrays(self, names: Sequence[str], start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Rows [start, stop) of several arrays over rows, asked for together: [stop - start, ...] each.
+
+        Raises StoreError where they are damaged: a checksum is wrong.
+        """
+        size, first, last = self.inner_rows, start // self.inner_rows, -(-stop // self.inner_rows)
+        per_block = self.block_rows // size
+        checksums = self._checksums(names, range(first // per_block, (last - 1) // per_block + 1))
+        found = self._fetch([(name, first * size, last * size) for name in names])
+        for name, values in zip(names, found, strict=True):
+            for i in range(last - first):
+                block, place = divmod(first + i, per_block)
+                if checksum(values[i * size : (i + 1) * size]) != checksums[name, block][place]:
+                    raise DamageError(self.path, f"{name} of block {block} does not match its checksums")
+        low, high = start - first * size, stop - first * size
+        return {name: values[low:high] for name, values in zip(names, found, strict=True)}
 
     def read_all(self, name: str) -> NDArray[Any]:
         """A whole array: sample_start, sample_length, commits, ..."""
-        return self.read_rows(name, 0, self._array(name).shape[0])
+        return self.read_rows(name, 0, self._arrays[name].shape[0])
+
+    def committed(self) -> NDArray[np.bool_]:
+        """[B]: whether each block is committed, from a listing of the chunks of ``commits``, whatever they contain."""
+        return self._blocks_there("commits")
 
     def missing_blocks(self) -> list[int]:
         """The blocks that are not committed."""
-        return [int(block) for block in np.flatnonzero(self.read_all("commits") < 0)]
+        return [int(block) for block in np.flatnonzero(~self.committed())]
+
+    def samples_of(self, block: int) -> range:
+        """The samples that lie in a block, by bisection: it reads a few chunks of the sample table."""
+        starts = _Column(self, "sample_start")
+        first, last = (bisect.bisect_left(starts, at * self.block_rows) for at in (block, block + 1))
+        return range(first, last)
+
+    def tokens_per_block(self) -> NDArray[np.int64]:
+        """[B]: rows in use of each block, from the sample table, which is read piece by piece."""
+        found = np.zeros(self.num_blocks, np.int64)
+        step = 1 << 22
+        for first in range(0, self.num_samples, step):
+            starts, lengths = (
+                self.read_rows(name, first, min(first + step, self.num_samples))
+                for name in ("sample_start", "sample_length")
+            )
+            blocks, low = starts // self.block_rows, int(starts[0]) // self.block_rows
+            here = np.bincount(blocks - low, weights=lengths).astype(np.int64)
+            found[low : low + len(here)] += here
+        return found
 
     def array_names(self) -> list[str]:
-        """The names of the arrays that are there."""
-        return sorted(self._group.array_keys())
+        """The names of the arrays."""
+        return sorted(self._arrays)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str, int]:
         """Shape, dtype and bytes on disk of an array."""
-        array = self._array(name)
+        array = self._arrays[name]
         return array.shape, str(array.dtype), array.nbytes_stored()
 
-    def _array(self, name: str) -> "zarr.Array[Any]":
-        if name not in self._arrays:
-            found = self._group[name]
-            assert isinstance(found, zarr.Array)
-            self._arrays[name] = found
-        return self._arrays[name]
+    def _add_arrays(self, documents: Mapping[str, Document]) -> None:
+        for name, document in documents.items():
+            metadata = ArrayV3Metadata.from_dict(document)
+            self._arrays[name] = zarr.Array(AsyncArray(metadata, StorePath(self.location, name)))
+
+    def tokens_digest(self) -> str:
+        """The hash of ``plan_checksums``, as the attribute of that name has it."""
+        return digest_of_checksums(self.read_all("plan_checksums"))
+
+    def chunk_length(self, name: str) -> int:
+        """Entries of a chunk of an array (of a shard, where it has them), along its first axis."""
+        array = self._arrays[name]
+        return int((array.shards or array.chunks)[0])
+
+    def chunk_keys(self, name: str) -> list[str]:
+        """The keys of all chunks (of shards, where it has them) of an array."""
+        array = self._arrays[name]
+        count, trailing = -(-array.shape[0] // self.chunk_length(name)), "/0" * (len(array.shape) - 1)
+        return [f"{name}/c/{i}{trailing}" for i in range(count)]
+
+    def _blocks_there(self, name: str) -> NDArray[np.bool_]:
+        """[B]: whether there is a chunk for each block of an array of one axis, from a listing."""
+        try:
+            names = keys_below(self.location, f"{name}/c")
+        except DistillError:
+            raise
+        except Exception as error:  # the file system's, or an object store client's own
+            raise StoreError(f"{self.path}: cannot list {name}: {first_line(error)}") from error
+        there = np.zeros(self.num_blocks, bool)
+        there[[int(found) for found in names if found.isdecimal() and int(found) < self.num_blocks]] = True
+        return there
+
+    def _fetch(self, wanted: Sequence[tuple[str, int, int]]) -> list[NDArray[Any]]:
+        """Entries [start, stop) of arrays (name, start, stop), asked for together, and only checked by their codecs."""
+        return list(sync(_gather([self._entries(*one) for one in wanted])))
+
+    async def _entries(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        try:
+            return np.asarray(await self._arrays[name].async_array.getitem(slice(start, stop)))
+        except DistillError:
+            raise
+        except Exception as error:  # codecs raise RuntimeError, ValueError and their own
+            kind = "block" if self._arrays[name].shards or name in ("commits", "checksums") else "chunk"
+            where = f"{kind} {start // self.chunk_length(name)}"
+            raise DamageError(self.path, f"{name}, {where}: {first_line(error)}") from error
+
+    def _checksums(self, names: Sequence[str], blocks: range) -> dict[tuple[str, int], NDArray[np.uint32]]:
+        """The checksums of the inner chunks of each array in each block: [inner chunks of a block]."""
+        kinds = {"plan_checksums": [name for name in PLANNED if name in self._arrays], "checksums": [*CAPTURED]}
+        per_block = self.block_rows // self.inner_rows
+        found: dict[tuple[str, int], NDArray[np.uint32]] = {}
+        for kind, members in kinds.items():
+            if {*names} & {*members}:
+                each = self._arrays[kind].chunks[0]
+                chunks = self._chunks(kind, range(blocks.start // each, (blocks.stop - 1) // each + 1))
+                for block in blocks:
+                    row = chunks[block // each][block % each].reshape(len(members), per_block)
+                    found |= {(name, block): part for name, part in zip(members, row, strict=True)}
+        return found
+
+    def _read_samples(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        each = self._arrays[name].chunks[0]
+        chunks = self._chunks(name, range(start // each, -(-max(stop, start + 1) // each)))
+        parts = [chunk[max(0, start - i * each) : stop - i * each] for i, chunk in chunks.items()]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _chunks(self, name: str, numbers: range) -> dict[int, NDArray[Any]]:
+        """Chunks of an array that has no shards, by their number. The last few are kept."""
+        array = self._arrays[name]
+        with self._guard:
+            found = {i: self._kept[name, i] for i in numbers if (name, i) in self._kept}
+        missing, each = [i for i in numbers if i not in found], array.chunks[0]
+        parts = self._fetch([(name, i * each, min((i + 1) * each, array.shape[0])) for i in missing])
+        for i, part in zip(missing, parts, strict=True):
+            if name in SAMPLE_TABLE and checksum(part) != self.attributes["sample_checksums"][name][i]:
+                raise DamageError(self.path, f"{name}, chunk {i} does not match its checksum")
+            found[i] = part
+        if len(numbers) <= 2:  # else it is read from end to end
+            with self._guard:
+                self._kept |= {(name, i): part for i, part in found.items()}
+                while len(self._kept) > _CHUNKS_KEPT:
+                    self._kept.popitem(last=False)
+        return {i: found[i] for i in numbers}
+
+
+class _Column(Sequence[int]):
+    """An array over samples, for bisect: an entry is read when it is asked for."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+
+    def __len__(self) -> int:
+        return self._store.num_samples
+
+    def __getitem__(self, i: Any) -> Any:
+        return int(self._store.read_rows(self._name, i, i + 1)[0])
+
+
+async def _gather(wanted: Sequence[Coroutine[Any, Any, NDArray[Any]]]) -> list[NDArray[Any]]:
+    return await asyncio.gather(*wanted)
+
+
+def digest_of_checksums(checksums: NDArray[np.uint32]) -> str:
+    """The hash of an array of checksums, little endian."""
+    return hashlib.sha256(checksums.astype("<u4").tobytes()).hexdigest()[:16]
+
+
+def checksum(values: NDArray[Any]) -> int:
+    """The CRC-32 (as in zlib, gzip and PNG) of an array's bytes, in C order and little endian."""
+    little = values if sys.byteorder == "little" else values.astype(values.dtype.newbyteorder("<"))
+    return zlib.crc32(np.ascontiguousarray(little).view(np.uint8).reshape(-1).data)

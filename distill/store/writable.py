@@ -1,25 +1,24 @@
 """A store, opened to be written: created once, then filled block by block.
 
-Every worker opens the store, and each block is written by one worker only. It writes whole shards first, makes sure
-that they are on disk, and then writes the block's entry in ``commits``.
+Every worker opens the store, and each block is written by one worker only. It writes whole shards first, then their
+checksums, makes sure that they are on disk, and then writes the block's entry in ``commits``.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from distill.errors import StoreError, first_line
-from distill.store.codecs import create_array, create_commits
+from distill.errors import DistillError, StoreError, first_line
 from distill.store.location import Lock, fsync, locate
-from distill.store.schema import FORMAT, VERSION, ArraySpec
-from distill.store.store import Store
+from distill.store.metadata import array_digest, array_documents, exist, group_document, put, sealed
+from distill.store.schema import CAPTURED, FORMAT, PLANNED, SAMPLE_TABLE, VERSION
+from distill.store.store import Store, checksum, digest_of_checksums
 
 
 class WritableStore(Store):
@@ -27,23 +26,26 @@ class WritableStore(Store):
 
     _mode = "r+"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._lock: Lock | None = None
+        self._commits_document: dict[str, Any] = {}
+        self._sample_checksums: dict[str, list[int]] = {}
+        self._block_checksums: dict[tuple[int, str], NDArray[np.uint32]] = {}
+
     @classmethod
     def create(
-        cls,
-        path: str,
-        options: Mapping[str, Any],
-        attributes: Mapping[str, Any],
-        specs: Iterable[ArraySpec],
-        sizes: Mapping[str, int],
-        inner_rows: int,
-        codec: str,
+        cls, path: str, options: Mapping[str, Any], attributes: Mapping[str, Any], masked: bool, codec: str
     ) -> Self:
         """Create the group, its attributes and its arrays, and lock it. ``commits`` is left to `publish`.
 
-        A store at `path` whose plan was interrupted is removed. attributes: must hold block_rows.
-        sizes: R and S as row and sample. inner_rows: of an inner chunk.
+        A store at `path` whose plan was interrupted is removed. attributes: must hold block_rows, num_blocks,
+        num_samples, k and temperatures. masked: with a loss_mask. codec: portable or compact.
         Raises StoreError where the path cannot be written, or another run is writing there.
         """
+        documents = array_documents(attributes, masked, codec)
+        digests = {name: array_digest(document) for name, document in documents.items()}
+        whole = {"format": FORMAT, "version": VERSION, **attributes, "complete": False, "arrays": digests}
         try:
             location = locate(path, options, read_only=False)
             if isinstance(location, LocalStore):
@@ -51,56 +53,73 @@ class WritableStore(Store):
             lock = _lock(location)
             if sync(location.exists("commits/zarr.json")):
                 raise StoreError(f"store.path: another run has begun {path} meanwhile; run the same command again")
-            for spec in specs:
-                sync(location.delete_dir(spec.name))
             sync(location.delete("zarr.json"))
-            group = zarr.create_group(location, attributes={"format": FORMAT, "version": VERSION, **attributes})
-            for spec in specs:
-                create_array(group, spec, sizes[spec.over], int(attributes["block_rows"]), inner_rows, codec)
-        except StoreError:
+            for name in documents:
+                sync(location.delete_dir(name))
+            put(location, "zarr.json", group_document(sealed(whole)))
+            for name in documents.keys() - {"commits"}:
+                put(location, f"{name}/zarr.json", documents[name])
+        except DistillError:
             raise
         except Exception as error:
             raise StoreError(f"store.path: cannot write {path}: {first_line(error)}") from error
-        store = cls(group, path)
-        store._lock = lock
+        store = cls(path, location, whole, {name: found for name, found in documents.items() if name != "commits"})
+        store._lock, store._commits_document = lock, documents["commits"]
+        store._begin_plan()
         return store
 
     def lock(self) -> None:
         """Keep other runs out, as long as this object lives. Raises StoreError where another run is writing."""
-        self._lock = _lock(self._group.store)
+        self._lock = _lock(self.location)
+
+    def _begin_plan(self) -> None:
+        shape = self._arrays["plan_checksums"].shape
+        self._plan_checksums = np.zeros(shape, np.uint32)
+        self._sample_checksums = {}
 
     def write_all(self, name: str, values: NDArray[Any]) -> None:
         """Write a whole array over samples."""
-        self._array(name)[:] = values
+        array = self._arrays[name]
+        each, values = array.chunks[0], values.astype(array.dtype)
+        self._sample_checksums[name] = [checksum(values[at : at + each]) for at in range(0, len(values), each)]
+        array[:] = values
 
     def write_rows(self, name: str, block: int, values: NDArray[Any]) -> None:
         """Write one block of an array over rows in one assignment: values [n, ...], n <= block_rows, then fill."""
-        array = self._array(name)
-        full = np.full((self.block_rows, *array.shape[1:]), array.fill_value, array.dtype)
-        full[: len(values)] = values
-        start = block * self.block_rows
+        full = self._padded(name, values)
+        array, start = self._arrays[name], block * self.block_rows
         array[start : start + self.block_rows] = full
+        if name in PLANNED:
+            self._note_plan(name, block, full)
+        else:
+            self._block_checksums[block, name] = self._inner_checksums(full)
 
-    def publish(self, num_blocks: int) -> None:
-        """The plan is written: make sure that it is on disk, then create ``commits``. From now on the store exists."""
-        if (root := self._local_root) is not None:
-            for name in self.array_names():
-                for folder, _, files in os.walk(root / name):
-                    fsync(*(Path(folder) / file for file in files), Path(folder))
-        create_commits(self._group, num_blocks)
+    def publish(self) -> None:
+        """The plan is written: seal it, make sure that it is on disk, then create ``commits``: the store exists."""
+        self._arrays["plan_checksums"][:] = self._plan_checksums
+        self.attributes = sealed(self.attributes | self._plan_digests())
+        put(self.location, "zarr.json", group_document(self.attributes))
+        self._sync_plan()
+        document = self._commits_document | {"attributes": self.attributes}
+        put(self.location, "commits/zarr.json", document)
+        self._add_arrays({"commits": document})
 
-    def commit(self, block: int, num_rows: int, names: Iterable[str]) -> None:
-        """Make sure that the block's shards of the named arrays are on disk, then say that the block is there."""
+    def commit(self, block: int, num_rows: int) -> None:
+        """Make sure that the block's shards of all captured arrays are on disk, then say that the block is there."""
+        parts = [self._block_checksums.pop((block, name)) for name in CAPTURED]
+        self._arrays["checksums"][block] = np.concatenate(parts)
         if (root := self._local_root) is not None:
-            for name in names:  # zarr renames a finished file into place, but the system writes it when it likes
+            for name in (*CAPTURED, "checksums"):
                 file = root / name / self._chunk_key(name, block)
-                fsync(file, *(folder for folder in file.parents if folder.is_relative_to(root / name)))
-        self._array("commits")[block] = num_rows
+                if file.exists():  # a chunk of nothing but fill values is not
+                    # zarr renames a finished file into place, but the system writes it when it likes
+                    fsync(file, *(folder for folder in file.parents if folder.is_relative_to(root / name)))
+        self._arrays["commits"][block] = num_rows
 
     def block_bytes(self, block: int, names: Iterable[str]) -> int:
         """Bytes on disk of one block of the named arrays."""
         keys = [f"{name}/{self._chunk_key(name, block)}" for name in names]
-        return sum(sync(self._group.store.getsize(key)) for key in keys)
+        return sum(sync(self.location.getsize(key)) for key in keys)
 
     def mark_complete(self) -> None:
         """Check that every block is committed, remove what killed workers left half written, and mark the store.
@@ -112,17 +131,98 @@ class WritableStore(Store):
         if (root := self._local_root) is not None:
             for stale in root.rglob("*.partial"):
                 stale.unlink()
-        self.attributes["complete"] = True
-        self._group.attrs.put(self.attributes)
+        self._mark(complete=True)
+
+    def reopen(self) -> None:
+        """Mark a complete store, of which something is missing or was taken back, as not complete."""
+        if self.complete:
+            self._mark(complete=False)
+
+    # What is missing of a plan, after an incomplete copy or a repair, is written again from the dataset.
+
+    @property
+    def plan_is_whole(self) -> bool:
+        """Whether every chunk is there that the plan wrote, whatever it contains."""
+        keys = [key for name in (*SAMPLE_TABLE, "plan_checksums") for key in self.chunk_keys(name)]
+        whole = all(self._blocks_there(name).all() for name in PLANNED if name in self._arrays)
+        return whole and all(exist(self.location, keys))
+
+    def rewrite_plan(
+        self, table: Mapping[str, NDArray[Any]], blocks: Callable[[], Iterable[Mapping[str, NDArray[Any]]]]
+    ) -> None:
+        """Write what is missing of the plan.
+
+        table: the arrays over samples. blocks: gives tokens and perhaps loss_mask of each block, in order.
+        Raises StoreError where they are not what the plan was made of.
+        """
+        self._begin_plan()
+        for name, values in table.items():
+            each = self._arrays[name].chunks[0]
+            self._sample_checksums[name] = [checksum(values[at : at + each]) for at in range(0, len(values), each)]
+        for block, arrays in enumerate(blocks()):
+            for name in arrays:
+                self._note_plan(name, block, self._padded(name, arrays[name]))
+        if differing := [name for name, found in self._plan_digests().items() if self.attributes[name] != found]:
+            raise StoreError(
+                f"{self.path}: a part of its plan is missing, and the dataset gives another plan now "
+                f"({', '.join(differing)} differ): it cannot be written again"
+            )
+        for name, values in table.items():
+            self.write_all(name, values)
+        there = {name: self._blocks_there(name) for name in PLANNED if name in self._arrays}
+        for block, arrays in enumerate(blocks()):
+            for name in arrays:
+                if not there[name][block]:
+                    self.write_rows(name, block, arrays[name])
+        self._arrays["plan_checksums"][:] = self._plan_checksums
+        self._sync_plan()
+        self._kept.clear()
+
+    def take_back(self, block: int) -> None:
+        """Remove the commit of a block, so that it is made again."""
+        sync(self.location.delete(f"commits/{self._chunk_key('commits', block)}"))
+
+    def _mark(self, complete: bool) -> None:
+        self.attributes["complete"] = complete
+        put(self.location, "zarr.json", group_document(self.attributes))
+        if (root := self._local_root) is not None:
+            fsync(root / "zarr.json", root)
+
+    def _padded(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        array = self._arrays[name]
+        full = np.full((self.block_rows, *array.shape[1:]), array.fill_value, array.dtype)
+        full[: len(values)] = values
+        return full
+
+    def _inner_checksums(self, full: NDArray[Any]) -> NDArray[np.uint32]:
+        each = self.inner_rows
+        return np.array([checksum(full[at : at + each]) for at in range(0, self.block_rows, each)], np.uint32)
+
+    def _note_plan(self, name: str, block: int, full: NDArray[Any]) -> None:
+        found = self._inner_checksums(full)
+        place = [planned for planned in PLANNED if planned in self._arrays].index(name) * len(found)
+        self._plan_checksums[block, place : place + len(found)] = found
+
+    def _plan_digests(self) -> dict[str, Any]:
+        digest = digest_of_checksums(self._plan_checksums)
+        return {"tokens_digest": digest, "sample_checksums": self._sample_checksums}
+
+    def _sync_plan(self) -> None:
+        if (root := self._local_root) is not None:
+            for name in self._arrays:
+                fsync(root / name / "zarr.json", root / name)
+            for name in {*SAMPLE_TABLE, *PLANNED, "plan_checksums"} & {*self._arrays}:
+                for folder, _, files in os.walk(root / name / "c"):
+                    fsync(*(Path(folder) / file for file in files), Path(folder))
+            fsync(root / "zarr.json", root)
 
     def _chunk_key(self, name: str, block: int) -> str:
-        return "/".join(["c", str(block), *("0" for _ in self._array(name).shape[1:])])
+        return "/".join(["c", str(block), *("0" for _ in self._arrays[name].shape[1:])])
 
     @property
     def _local_root(self) -> Path | None:
         """The store's folder; None for an object store."""
-        store = self._group.store
-        return Path(store.root) if isinstance(store, LocalStore) else None
+        return Path(self.location.root) if isinstance(self.location, LocalStore) else None
 
 
 def _lock(location: Any) -> Lock | None:

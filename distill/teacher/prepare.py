@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,6 @@ from distill.run.grid import Grid
 from distill.settings import to_yaml
 from distill.store.fingerprint import differences, summarize
 from distill.store.location import check_writable
-from distill.store.schema import array_specs
 from distill.store.writable import WritableStore
 from distill.teacher.check import rope_switch
 from distill.teacher.model import resolve_dtype, slice_bytes
@@ -76,6 +75,9 @@ def plan_job(
     data = find_data(config.dataset)
     fingerprint = fingerprint_of(config, source, needs, data)
     store = find_store(config, fingerprint)
+    if store is not None and not store.plan_is_whole:
+        logger.warning("%s lacks parts of its plan: they are written again from the dataset", config.store.path)
+        replan(store, *lay_out(config, source, data))
     if store is not None and store.complete:
         board.note("job", "null")
         logger.info("%s is complete already: nothing to do", config.store.path)
@@ -171,6 +173,7 @@ def check_settings(config: GenerateConfig, source: Source) -> None:
 def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableStore | None:
     """The store of this very run, locked, if an earlier start has created it.
 
+    A complete store that lacks something, as after an incomplete copy or a repair, is not complete any more.
     Raises StoreError where the path holds something else or another run's store (naming each key that differs), where
     another run is writing there, and where the path cannot be written.
     """
@@ -184,11 +187,14 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableS
             f"store.path: {config.store.path} is {state} store of another run; choose another path, or delete it:\n  "
             + "\n  ".join(differing)
         )
-    if store.complete and not store.published:
-        raise StoreError(f"store.path: {config.store.path} was complete and now lacks its commits: a damaged copy?")
     if not store.published:
         return None
-    if not store.complete:
+    lacks = len(store.missing_blocks())
+    if store.complete and (lacks or not store.plan_is_whole):
+        store.lock()
+        logger.warning("%s was complete and now lacks %d blocks: they are made again", config.store.path, lacks)
+        store.reopen()
+    elif not store.complete:
         store.lock()
     return store
 
@@ -215,20 +221,20 @@ def plan_store(
 ) -> WritableStore:
     """Tokenize the dataset, place the samples, and create the store with its tokens."""
     samples, order, layout = lay_out(config, source, data)
-    num_samples, num_tokens = len(layout.lengths), int(layout.lengths.sum(dtype=np.int64))
+    num_tokens = int(layout.lengths.sum(dtype=np.int64))
     versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
     store = WritableStore.create(
         config.store.path,
         config.store.options,
         attributes={
-            "complete": False,
             "method": config.capture.method,
             "k": config.capture.k,
             "draws": 0,
             "temperatures": list(config.capture.temperatures),
             "vocab_size": source.vocab_size,
             "block_rows": layout.block_rows,
-            "num_samples": num_samples,
+            "num_blocks": layout.num_blocks,
+            "num_samples": len(layout.lengths),
             "num_tokens": num_tokens,
             "fingerprint": summarize(fingerprint),
             "config": fingerprint,
@@ -241,25 +247,48 @@ def plan_store(
             "tokenizer": source.vocabulary,
             "versions": {"distill": __version__, "python": platform.python_version(), **versions},
         },
-        specs=array_specs(config.capture.k, len(config.capture.temperatures), samples.has_loss_mask),
-        sizes={"row": layout.num_rows, "sample": num_samples},
-        inner_rows=min(plan.INNER_ROWS, layout.block_rows),
+        masked=samples.has_loss_mask,
         codec=config.store.codec,
     )
-    store.write_all("sample_start", layout.starts)
-    store.write_all("sample_length", layout.lengths)
-    sample_index = np.empty(num_samples, np.int64)
-    for block in range(layout.num_blocks):
-        placed = layout.samples_of(block)
-        found = samples.take(order[placed.start : placed.stop])
-        sample_index[placed.start : placed.stop] = found["source"]
-        for name in ("tokens", "loss_mask"):
-            if name in found:
-                store.write_rows(name, block, found[name])
-    store.write_all("sample_index", sample_index)
-    store.publish(layout.num_blocks)
+    table, blocks = _contents(samples, order, layout)
+    for name, values in table.items():
+        store.write_all(name, values)
+    for block, arrays in enumerate(blocks()):
+        for name, values in arrays.items():
+            store.write_rows(name, block, values)
+    store.publish()
     logger.info(
         "plan: %s samples, %s tokens in %d blocks of %d rows",
-        f"{num_samples:,}", f"{num_tokens:,}", layout.num_blocks, layout.block_rows,
+        f"{len(layout.lengths):,}", f"{num_tokens:,}", layout.num_blocks, layout.block_rows,
     )  # fmt: skip
     return store
+
+
+def replan(store: WritableStore, samples: Samples, order: NDArray[np.int64], layout: plan.Plan) -> None:
+    """Write what is missing of a store's plan, as `WritableStore.rewrite_plan` does."""
+    if (layout.num_blocks, len(layout.lengths)) != (store.num_blocks, store.num_samples):
+        raise StoreError(
+            f"{store.path}: a part of its plan is missing, and cannot be written again: expected "
+            f"{store.num_samples:,} samples in {store.num_blocks} blocks, found {len(layout.lengths):,} in "
+            f"{layout.num_blocks} in the dataset"
+        )
+    store.rewrite_plan(*_contents(samples, order, layout))
+
+
+def _contents(
+    samples: Samples, order: NDArray[np.int64], layout: plan.Plan
+) -> tuple[dict[str, NDArray[Any]], Callable[[], Iterator[dict[str, NDArray[Any]]]]]:
+    """What the plan writes: the arrays over samples, and tokens and perhaps loss_mask, block by block."""
+
+    def blocks() -> Iterator[dict[str, NDArray[Any]]]:
+        for block in range(layout.num_blocks):
+            placed = layout.samples_of(block)
+            found = samples.take(order[placed.start : placed.stop])
+            yield {name: values for name, values in found.items() if name != "source"}
+
+    table: dict[str, NDArray[Any]] = {
+        "sample_start": layout.starts,
+        "sample_length": layout.lengths,
+        "sample_index": samples.source[order],
+    }
+    return table, blocks

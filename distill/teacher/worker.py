@@ -146,7 +146,7 @@ class Worker:
         for name in CAPTURED:
             self._store.write_rows(name, block, arrays[name])
         num_rows = int(self._tokens_per_block[block])
-        self._store.commit(block, num_rows, CAPTURED)
+        self._store.commit(block, num_rows)
         self._board.add("tokens written", num_rows)
         self._board.add("bytes written", self._store.block_bytes(block, [*CAPTURED, "tokens"]))
         logger.info("block %d is committed: %d rows", block, num_rows, extra={"console": False})

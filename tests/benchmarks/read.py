@@ -74,22 +74,28 @@ def write_store(path: Path, block_rows: int) -> list[Rows]:
     store = WritableStore.create(
         str(path),
         {},
-        attributes={"block_rows": block_rows, "complete": False, "k": K, "temperatures": [1.0]},
-        specs=schema.array_specs(K, 1, loss_mask=False),
-        sizes={"row": layout.num_rows, "sample": len(layout.lengths)},
-        inner_rows=min(plan.INNER_ROWS, block_rows),
+        attributes={
+            "k": K,
+            "temperatures": [1.0],
+            "block_rows": block_rows,
+            "num_blocks": layout.num_blocks,
+            "num_samples": len(layout.lengths),
+        },
+        masked=False,
         codec="portable",
     )
     store.write_all("sample_start", layout.starts)
     store.write_all("sample_length", layout.lengths)
     store.write_all("sample_index", np.arange(len(layout.lengths)))
-    store.publish(layout.num_blocks)
+    drawn = [made_up(random, int(used)) for used in layout.tokens_per_block()]
+    for block, rows in enumerate(drawn):
+        store.write_rows("tokens", block, rows["tokens"])
+    store.publish()
     samples = []
-    for block, used in enumerate(layout.tokens_per_block()):
-        rows = made_up(random, int(used))
-        for name, values in rows.items():
-            store.write_rows(name, block, values)
-        store.commit(block, int(used), ARRAYS)
+    for block, rows in enumerate(drawn):
+        for name in schema.CAPTURED:
+            store.write_rows(name, block, rows[name])
+        store.commit(block, len(rows["tokens"]))
         ends = np.cumsum([layout.lengths[i] for i in layout.samples_of(block)])[:-1]
         parts = {name: np.split(values, ends) for name, values in rows.items()}
         samples += [dict(zip(parts, sample, strict=True)) for sample in zip(*parts.values(), strict=True)]

@@ -5,62 +5,76 @@ import pytest
 import zarr
 
 from distill.errors import StoreError
-from distill.store.schema import ArraySpec
 from distill.store.store import Store
 from distill.store.writable import WritableStore
 from tests.support import open_raw, tree
 
-SPECS = [
-    ArraySpec("tokens", "row", (), "int32", -1),
-    ArraySpec("target_logprobs", "row", (("k", 5),), "float16", np.nan),
-    ArraySpec("loss_mask", "row", (), "bool", False),
-    ArraySpec("sample_start", "sample", (), "int64", 0),
-]
+ATTRIBUTES = {"k": 5, "temperatures": [1.0, 2.0], "block_rows": 32, "num_blocks": 3, "num_samples": 7}
 
 
 def create(path, codec="portable", publish=True):
-    attributes = {"block_rows": 32, "complete": False}
-    store = WritableStore.create(str(path), {}, attributes, SPECS, {"row": 96, "sample": 7}, 16, codec)
-    store.write_all("sample_start", np.arange(7))
+    """A store of 3 blocks of 32 rows, 20 of them in use."""
+    store = WritableStore.create(str(path), {}, ATTRIBUTES, masked=True, codec=codec)
+    store.write_all("sample_start", np.array([0, 10, 32, 42, 64, 70, 74]))
+    store.write_all("sample_length", np.array([10, 10, 10, 10, 6, 4, 10], np.int32))
+    store.write_all("sample_index", np.arange(7))
+    for block in range(3):
+        store.write_rows("tokens", block, np.arange(20) + block)
+        store.write_rows("loss_mask", block, np.arange(20) % 3 == block)
     if publish:
-        store.publish(3)
+        store.publish()
     return store
+
+
+def fill(store, block):
+    store.write_rows("target_ids", block, np.arange(100, dtype=np.int32).reshape(20, 5) + block)
+    store.write_rows("target_logprobs", block, values() - block)
+    store.write_rows("logsumexp", block, np.ones((20, 2), np.float32))
+    store.write_rows("tail_logprob", block, np.full((20, 2), -3, np.float16))
+    store.commit(block, 20)
 
 
 def commit_all(store):
     for block in range(3):
-        store.write_rows("target_logprobs", block, values())
-        store.commit(block, 20, ["target_logprobs"])
+        fill(store, block)
 
 
-def values(rows=20):
-    return np.linspace(-9, 0, rows * 5, dtype=np.float32).reshape(rows, 5).astype(np.float16)
+def values():
+    return np.linspace(-9, 0, 100, dtype=np.float32).reshape(20, 5).astype(np.float16)
 
 
 @pytest.mark.parametrize("codec", ["portable", "compact"])
 def test_what_is_written_is_read(tmp_path, codec):
     store = create(tmp_path / "x.zarr", codec)
-    store.write_rows("target_logprobs", 1, values())
-    store.write_rows("loss_mask", 1, np.arange(20) % 3 == 0)
-    store.commit(1, 20, ["target_logprobs"])
+    fill(store, 1)
     again = WritableStore.open(str(tmp_path / "x.zarr"), {})
     assert again is not None
-    np.testing.assert_array_equal(again.read_rows("target_logprobs", 32, 52), values())
-    assert np.isnan(again.read_rows("target_logprobs", 52, 96)).all()
-    assert again.read_rows("loss_mask", 32, 96).sum() == 7
+    np.testing.assert_array_equal(again.read_rows("target_logprobs", 32, 52), values() - 1)
+    assert np.isnan(again.read_rows("target_logprobs", 52, 64)).all()
+    assert again.read_rows("loss_mask", 32, 64).sum() == 7
     assert again.read_all("commits").tolist() == [-1, 20, -1]
     assert again.missing_blocks() == [0, 2]
+    assert again.tokens_per_block().tolist() == [20, 20, 20]
+    assert [again.samples_of(block) for block in range(3)] == [range(2), range(2, 4), range(4, 7)]
     assert again.block_bytes(1, ["target_logprobs"]) == (tmp_path / "x.zarr/target_logprobs/c/1/0").stat().st_size
 
 
 def test_tensorstore_reads_the_same(tmp_path):
     store = create(tmp_path / "x.zarr")
-    store.write_rows("target_logprobs", 2, values(32))
-    store.write_rows("tokens", 2, np.arange(32))
-    store.commit(2, 32, ["target_logprobs", "tokens"])
-    for name in ("tokens", "target_logprobs", "loss_mask", "sample_start", "commits"):
+    commit_all(store)
+    for name in store.array_names():
         np.testing.assert_array_equal(open_raw(tmp_path / "x.zarr", name), store.read_all(name))
-    assert open_raw(tmp_path / "x.zarr", "commits").tolist() == [-1, -1, 32]
+
+
+def test_inner_chunks_across_blocks(tmp_path, monkeypatch):
+    """Rows from the middle of an inner chunk to the middle of another block's, and their checksums."""
+    monkeypatch.setattr("distill.store.schema.INNER_ROWS", 8)
+    store = create(tmp_path / "x.zarr")
+    commit_all(store)
+    again = Store.existing(str(tmp_path / "x.zarr"), {})
+    whole = np.concatenate([np.pad(values() - block, ((0, 12), (0, 0)), constant_values=np.nan) for block in range(3)])
+    for start, stop in ((0, 96), (3, 5), (30, 70), (95, 96)):
+        np.testing.assert_array_equal(again.read_rows("target_logprobs", start, stop), whole[start:stop])
 
 
 def test_an_interrupted_plan_is_no_store(tmp_path):
@@ -78,15 +92,31 @@ def test_an_interrupted_plan_is_no_store(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_flipped_bit_is_found(tmp_path):
-    store = create(tmp_path / "x.zarr")
-    store.write_rows("target_logprobs", 0, values(32))
-    shard = tmp_path / "x.zarr/target_logprobs/c/0/0"
-    content = bytearray(shard.read_bytes())
-    content[40] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(StoreError, match="damaged data in target_logprobs, rows 0 to 32"):
-        store.read_rows("target_logprobs", 0, 32)
+def test_chunks_that_are_damaged_missing_or_anothers_are_errors(tmp_path):
+    commit_all(create(tmp_path / "x.zarr"))
+    folder, shard = tmp_path / "x.zarr", tmp_path / "x.zarr/target_logprobs/c/0/0"
+    good = shard.read_bytes()
+    flipped = bytearray(good)
+    flipped[40] ^= 1
+    for content in (
+        bytes(flipped),
+        good[:-1],
+        b"",
+        bytes(len(good)),
+        (folder / "target_logprobs/c/1/0").read_bytes(),
+        None,
+    ):
+        shard.unlink()
+        if content is not None:
+            shard.write_bytes(content)
+        store = Store.existing(str(folder), {})
+        with pytest.raises(StoreError, match=r"damaged: target_logprobs(, | of )block 0.*distill.verify"):
+            store.read_rows("target_logprobs", 0, 32)
+        assert (store.read_rows("target_logprobs", 32, 52) == values() - 1).all()
+    for name in ("sample_start", "sample_length", "sample_index"):
+        (folder / name / "c/0").unlink()
+        with pytest.raises(StoreError, match=f"damaged: {name}, chunk 0 does not match"):
+            Store.existing(str(folder), {}).read_all(name)
 
 
 def test_strangers_are_refused(tmp_path):
@@ -100,7 +130,8 @@ def test_strangers_are_refused(tmp_path):
             Store.open(str(tmp_path / name), {})
     assert tree(tmp_path) == before
     create(tmp_path / "x.zarr")
-    zarr.open_group(tmp_path / "x.zarr").attrs["version"] = 2
+    root = tmp_path / "x.zarr/zarr.json"
+    root.write_text(root.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(StoreError, match=r"expected format version 1 at .*, found 2"):
         Store.open(str(tmp_path / "x.zarr"), {})
 

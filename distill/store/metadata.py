@@ -1,0 +1,208 @@
+"""The zarr.json of the group and of each array: made, sealed by digests, and read.
+
+The attributes of the group hold a digest of themselves, and one of the zarr.json of each array. The zarr.json of
+``commits`` has a copy of the group's attributes, so that each of the two can be restored from the other, and every
+other zarr.json follows from the attributes.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import zarr
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from distill.errors import DistillError, StoreError, first_line
+from distill.store.codecs import CODECS, create_array
+from distill.store.schema import FORMAT, VERSION, array_specs
+
+Document = dict[str, Any]
+
+
+def array_documents(attributes: Mapping[str, Any], masked: bool, codec: str) -> dict[str, Document]:
+    """The zarr.json of each array of a store with these attributes, by the array's name, as zarr makes them."""
+    memory = MemoryStore()
+    group = zarr.create_group(memory)
+    specs = array_specs(attributes, masked)
+    for spec in specs:
+        create_array(group, spec, attributes, codec)
+    found = get(memory, [f"{spec.name}/zarr.json" for spec in specs])
+    return {spec.name: json.loads(content or b"") for spec, content in zip(specs, found, strict=True)}
+
+
+def group_document(attributes: Mapping[str, Any]) -> Document:
+    """The zarr.json of the group."""
+    return {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
+
+
+def digest(content: Mapping[str, Any], without: Iterable[str]) -> str:
+    """A hash of a JSON object, less some of its keys."""
+    kept = {key: value for key, value in content.items() if key not in {*without}}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def array_digest(document: Document) -> str:
+    """What the attributes say about an array's zarr.json: a hash of it, without its attributes."""
+    return digest(document, ["attributes"])
+
+
+def sealed(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes, with the digest of themselves; `complete`, which changes, is no part of it."""
+    return {**attributes, "digest": digest(attributes, ["complete", "digest"])}
+
+
+def encode(document: Document) -> bytes:
+    """A zarr.json as bytes."""
+    return json.dumps(document, indent=2).encode()
+
+
+def get(location: Any, keys: list[str]) -> list[bytes | None]:
+    """The contents of several keys of a zarr store, asked for together; None where there is nothing."""
+
+    async def gather() -> list[Buffer | None]:
+        return list(await asyncio.gather(*(location.get(key, default_buffer_prototype()) for key in keys)))
+
+    return [None if found is None else found.to_bytes() for found in sync(gather())]
+
+
+def exist(location: Any, keys: list[str]) -> list[bool]:
+    """Whether there is something at several keys of a zarr store, asked for together."""
+
+    async def gather() -> list[bool]:
+        return list(await asyncio.gather(*(location.exists(key) for key in keys)))
+
+    return list(sync(gather()))
+
+
+def put(location: Any, key: str, document: Document) -> None:
+    """Write a zarr.json."""
+    sync(location.set(key, default_buffer_prototype().buffer.from_bytes(encode(document))))
+
+
+def keys_below(location: Any, prefix: str) -> list[str]:
+    """The names directly below a prefix of a zarr store: one listing."""
+
+    async def collect() -> list[str]:
+        return [name async for name in location.list_dir(prefix)]
+
+    return sync(collect())
+
+
+def parsed(content: bytes | None) -> Document:
+    """A JSON object. Raises ValueError where it is none."""
+    found = json.loads(content or b"")
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
+def problem_of_group(content: bytes | None) -> str:
+    """What is wrong with the group's zarr.json; empty: nothing."""
+    if content is None:
+        return "is missing"
+    try:
+        document = parsed(content)
+    except ValueError:
+        return "is no JSON object"
+    attributes = document.get("attributes", {})
+    if not is_sealed(attributes):
+        return "does not match its digest"
+    return "" if document == group_document(attributes) else "is not what distill writes"
+
+
+def is_sealed(attributes: Any) -> bool:
+    """Whether these are attributes that match their digest."""
+    return (
+        isinstance(attributes, dict)
+        and isinstance(attributes.get("complete"), bool)
+        and attributes.get("digest") == sealed(attributes)["digest"]
+    )
+
+
+def problem_of_array(name: str, content: bytes | None, attributes: Mapping[str, Any]) -> str:
+    """What is wrong with an array's zarr.json; empty: nothing."""
+    if content is None:
+        return "is missing"
+    try:
+        document = parsed(content)
+    except ValueError:
+        return "is no JSON object"
+    if array_digest(document) != attributes["arrays"][name]:
+        return "does not match its digest"
+    if strange := {*_codecs({**document, "attributes": {}})} - {*CODECS}:
+        return f"names codecs that no store has: {', '.join(sorted(map(str, strange)))}"
+    return ""
+
+
+def _codecs(content: Any) -> Iterable[Any]:
+    """The names of all codecs in an array's zarr.json, those inside others too."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key.endswith("codecs"):
+                yield from (codec.get("name") if isinstance(codec, dict) else codec for codec in value)
+            yield from _codecs(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _codecs(value)
+
+
+def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, Document]]:
+    """The attributes of the store at `path`, and the zarr.json of each array; no arrays where the plan is unfinished.
+
+    Raises StoreError for another group, another version, or what does not match its digest.
+    """
+    try:
+        content, commits = get(location, ["zarr.json", "commits/zarr.json"])
+        attributes = _own_attributes(path, content, commits)
+        if commits is None:
+            if keys_below(location, "commits/c"):
+                raise DamageError(path, "commits/zarr.json is missing")
+            return attributes, {}
+        names = list(attributes["arrays"])
+        contents = dict(zip(names, get(location, [f"{name}/zarr.json" for name in names]), strict=True))
+        for name in names:
+            if problem := problem_of_array(name, contents[name], attributes):
+                raise DamageError(path, f"{name}/zarr.json {problem}")
+        copy = parsed(contents["commits"])["attributes"]
+        if {**copy, "complete": attributes["complete"]} != attributes:
+            raise DamageError(path, "zarr.json and commits/zarr.json are of two stores")
+        return attributes, {name: parsed(contents[name]) for name in names}
+    except DistillError:
+        raise
+    except Exception as error:  # zarr's, the file system's, or an object store client's own
+        raise StoreError(f"store.path: cannot open {path}: {first_line(error)}") from error
+
+
+def _own_attributes(path: str, content: bytes | None, commits: bytes | None) -> dict[str, Any]:
+    try:
+        attributes: Any = parsed(content).get("attributes")
+    except ValueError as error:
+        raise DamageError(path, f"zarr.json {problem_of_group(content)}") from error
+    known = isinstance(attributes, dict) and "format" in attributes
+    if not known and commits is None:
+        found = attributes.get("format") if isinstance(attributes, dict) else None
+        raise StoreError(f"store.path: expected a {FORMAT} at {path}, found another Zarr group (format {found!r})")
+    if known and attributes["format"] == FORMAT and attributes.get("version") != VERSION:
+        raise StoreError(
+            f"store.path: expected format version {VERSION} at {path}, found {attributes.get('version')!r}"
+        )
+    if problem := problem_of_group(content):
+        raise DamageError(path, f"zarr.json {problem}")
+    return dict(attributes)
+
+
+class DamageError(StoreError):
+    """The error for a damaged store. what: is damaged, in short; the message also says what to do."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(
+            f"{path}: damaged: {what}; python -m distill.verify {path} names all damage, and --repair takes it back"
+        )
+        self.path, self.what = path, what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamageError, (self.path, self.what)

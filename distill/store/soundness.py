@@ -1,0 +1,262 @@
+"""Whether a store is what its format promises: metadata, the plan, and each block. Reads everything, changes nothing.
+
+S samples, K kept ids, N rows in use.
+"""
+
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.errors import StoreError
+from distill.store.location import locate
+from distill.store.metadata import (
+    DamageError,
+    Document,
+    array_digest,
+    array_documents,
+    get,
+    group_document,
+    is_sealed,
+    keys_below,
+    parsed,
+    problem_of_array,
+    problem_of_group,
+)
+from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE
+from distill.store.store import Store
+
+_STEP_ROWS = 1 << 16
+_STEP_SAMPLES = 1 << 22
+_ROUNDING = 2**-7 + 2**-11
+"""The relative error of a stored log-probability."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and what takes it back.
+
+    block:     its commit has to be removed: distill.generate makes the block again
+    keys:      chunks of the plan that have to be removed: distill.generate writes them again
+    document:  a zarr.json, and what has to be in it
+    With none of the three, nothing can be done.
+    """
+
+    where: str
+    what: str
+    block: int | None = None
+    keys: tuple[str, ...] = ()
+    document: tuple[str, Document] | None = None
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nothing takes it back."""
+        return self.block is None and not self.keys and self.document is None
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.what}"
+
+
+def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the zarr.json of the group and of each array.
+
+    Raises StoreError where there is no store, and where no copy of its attributes is left.
+    """
+    location = locate(path, options, read_only=True)
+    if "://" not in path and not Path(path).is_dir():
+        raise StoreError(f"store.path: found no store at {path}")
+    content, commits = get(location, ["zarr.json", "commits/zarr.json"])
+    if content is None and commits is None and not keys_below(location, "commits/c"):
+        raise StoreError(f"store.path: found no store at {path}")
+    wrong = problem_of_group(content)
+    copies = [attributes for attributes in map(_attributes, (content, commits)) if is_sealed(attributes)]
+    if not copies:
+        raise DamageError(path, f"zarr.json {wrong}, and there is no copy of its attributes in commits/zarr.json")
+    attributes = copies[0]
+    plan_attributes = {**attributes, "complete": False}
+    problems = []
+    if wrong:
+        problems.append(Problem("zarr.json", wrong, document=("zarr.json", group_document(plan_attributes))))
+    if commits is None and not keys_below(location, "commits/c"):
+        return problems  # the plan was interrupted: there is nothing yet
+    names = list(attributes["arrays"])
+    fresh: dict[str, Document] = {}
+    for name, found in zip(names, get(location, [f"{name}/zarr.json" for name in names]), strict=True):
+        wrong = problem_of_array(name, found, attributes)
+        if not wrong and name == "commits" and _attributes(found) != plan_attributes:
+            wrong = "does not have the attributes of zarr.json"
+        if wrong:
+            codec = attributes["config"].get("store.codec", "portable")
+            fresh = fresh or array_documents(attributes, "loss_mask" in names, codec)
+            document = fresh[name] | ({"attributes": plan_attributes} if name == "commits" else {})
+            same = array_digest(document) == attributes["arrays"][name]  # another version of zarr may write another
+            remedy = (f"{name}/zarr.json", document) if same else None
+            problems.append(Problem(f"{name}/zarr.json", wrong, document=remedy))
+    return problems
+
+
+def _attributes(content: bytes | None) -> Any:
+    try:
+        return parsed(content).get("attributes")
+    except ValueError:
+        return None
+
+
+def plan_problems(store: Store) -> list[Problem]:
+    """What is wrong with the sample table, and with the checksums of what the plan wrote."""
+    problems = [problem for name in SAMPLE_TABLE for problem in _chunk_problems(store, name)]
+    if not problems:
+        problems += _table_problems(store)
+    sums = _chunk_problems(store, "plan_checksums")
+    keys = tuple(store.chunk_keys("plan_checksums"))
+    if not sums and store.tokens_digest() != store.attributes["tokens_digest"]:
+        sums = [Problem("plan_checksums", "does not match the digest in the attributes", keys=keys)]
+    return problems + sums
+
+
+def _chunk_problems(store: Store, name: str) -> list[Problem]:
+    each, problems = store.chunk_length(name), []
+    size = store.num_samples if name in SAMPLE_TABLE else store.num_blocks
+    for key, start in zip(store.chunk_keys(name), range(0, size, each), strict=True):
+        try:
+            store.read_rows(name, start, min(start + each, size))
+        except DamageError as damage:
+            problems.append(Problem(damage.what, "", keys=(key,)))
+    return problems
+
+
+def _table_problems(store: Store) -> list[Problem]:
+    """What no plan would write. Nothing takes it back: the store was made so."""
+    found, tokens, after = set(), 0, 0
+    for first in range(0, store.num_samples, _STEP_SAMPLES):
+        bounds = first, min(first + _STEP_SAMPLES, store.num_samples)
+        starts, lengths, index = (store.read_rows(name, *bounds) for name in SAMPLE_TABLE)
+        ends = starts + lengths
+        crossing = starts // store.block_rows != (ends - 1) // store.block_rows
+        tokens += int(lengths.sum(dtype=np.int64))
+        rules = {
+            "sample_length: a sample has no rows": (lengths < 1).any(),
+            "sample_start: samples overlap, or are not in order": (starts < [after, *ends[:-1]]).any(),
+            "sample_start: a sample is in two blocks": crossing.any(),
+            "sample_index: a number is negative": (index < 0).any(),
+        }
+        found |= {rule for rule, broken in rules.items() if broken}
+        after = int(ends[-1])
+    if tokens != store.attributes["num_tokens"]:
+        found.add(f"sample_length: the samples have {tokens:,} tokens, the attribute num_tokens says otherwise")
+    return [Problem(rule, "") for rule in sorted(found)]
+
+
+@dataclass(frozen=True)
+class BlockCheck:
+    """Which blocks there are to check, and what of each can be checked.
+
+    committed: [B]. tokens: [B] rows in use, None where the sample table is damaged.
+    planned: whether plan_checksums is sound, so that tokens and loss_mask can be compared with it
+    """
+
+    committed: NDArray[np.bool_]
+    tokens: NDArray[np.int64] | None
+    planned: bool
+
+    def problems(self, store: Store, block: int) -> list[Problem]:
+        """What is wrong with a block."""
+        names = [name for name in PLANNED if self.planned and name in store.array_names()]
+        problems, committed = [], bool(self.committed[block])
+        if committed and (wrong := self._commit(store, block)):
+            problems.append(Problem(f"block {block}:", wrong, block=block))
+        used = None if self.tokens is None else _rows_in_use(store, block)
+        damaged: dict[str, Problem] = {}
+        broken: set[str] = set()
+        for first in range(0, store.block_rows, _STEP_ROWS):
+            last, start = min(first + _STEP_ROWS, store.block_rows), block * store.block_rows
+            rows = {}
+            for name in (*names, *(CAPTURED if committed else ())):
+                try:
+                    rows[name] = store.read_rows(name, start + first, start + last)
+                except DamageError as damage:
+                    planned = name in PLANNED
+                    keys = (store.chunk_keys(name)[block],) if planned else ()
+                    damaged[name] = Problem(f"block {block}:", damage.what, None if planned else block, keys)
+            if used is not None and len(rows) == len(names) + committed * len(CAPTURED):
+                here = {name: values[used[first:last]] for name, values in rows.items()}
+                broken |= {*broken_rules(here, store.attributes)}
+        problems += damaged.values()
+        problems += [Problem(f"block {block}:", rule, block=block) for rule in sorted(broken)]
+        return problems
+
+    def _commit(self, store: Store, block: int) -> str:
+        try:
+            rows = int(store.read_rows("commits", block, block + 1)[0])
+        except DamageError as damage:
+            return damage.what
+        expected = rows if self.tokens is None else int(self.tokens[block])
+        return "" if rows == expected else f"commits says {rows} rows, its samples have {expected}"
+
+
+def _rows_in_use(store: Store, block: int) -> NDArray[np.bool_]:
+    """[block_rows]: whether a sample has the row."""
+    samples = store.samples_of(block)
+    change = np.zeros(store.block_rows + 1, np.int64)
+    starts = store.read_rows("sample_start", samples.start, samples.stop) - block * store.block_rows
+    np.add.at(change, starts, 1)
+    np.add.at(change, starts + store.read_rows("sample_length", samples.start, samples.stop), -1)
+    return change[:-1].cumsum() > 0
+
+
+def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> list[str]:
+    """What no teacher would say, of N rows in use: [N, ...] each, of the arrays that there are."""
+    vocab_size, rules = attributes["vocab_size"], {}
+    if "tokens" in rows:
+        rules["tokens: an id is outside the vocabulary"] = (rows["tokens"] < 0) | (rows["tokens"] >= vocab_size)
+    if "target_ids" in rows:
+        ids, logprobs = rows["target_ids"], rows["target_logprobs"].astype(np.float64)
+        tail = rows["tail_logprob"].astype(np.float64)
+        whole = np.concatenate([logprobs, tail[:, [attributes["temperatures"].index(1.0)]]], axis=1)
+        # each is off by _ROUNDING of itself, at most
+        slack = 1e-3 + (np.exp(whole) * np.expm1(_ROUNDING * np.clip(-whole, 0, 1e3))).sum(axis=1)
+        ordered = np.sort(ids, axis=1)
+        rules |= {
+            "target_ids: an id is outside the vocabulary": (ids < 0) | (ids >= vocab_size),
+            "target_ids: an id is there twice": ordered[:, 1:] == ordered[:, :-1],
+            "target_logprobs: a log-probability is above 0, or no number": ~(logprobs <= 0),
+            "target_logprobs: not in descending order": ~(logprobs[:, 1:] <= logprobs[:, :-1]),
+            "tail_logprob: a log-probability is above 0, or no number": ~(tail <= 0),
+            "logsumexp: not finite": ~np.isfinite(rows["logsumexp"]),
+            "target_logprobs and tail_logprob: the probabilities do not add up to 1": ~(
+                np.abs(np.exp(whole).sum(axis=1) - 1) <= slack
+            ),
+        }
+    return [rule for rule, broken in rules.items() if broken.any()]
+
+
+def block_problems(
+    store: Store, options: Mapping[str, Any], check: BlockCheck, processes: int
+) -> Iterator[tuple[int, list[Problem]]]:
+    """Each block, and what is wrong with it, from so many processes; in no particular order."""
+    if processes == 1:
+        yield from ((block, check.problems(store, block)) for block in range(store.num_blocks))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin, (store.path, options, check)) as pool:
+        step = max(1, min(64, store.num_blocks // (4 * processes)))
+        runs = [range(at, min(at + step, store.num_blocks)) for at in range(0, store.num_blocks, step)]
+        for found in pool.map(_work, runs):
+            yield from found
+
+
+_opened: list[tuple[Store, BlockCheck]] = []
+
+
+def _begin(path: str, options: Mapping[str, Any], check: BlockCheck) -> None:
+    _opened.append((Store.existing(path, options), check))
+
+
+def _work(blocks: Sequence[int]) -> list[tuple[int, list[Problem]]]:
+    (store, check), *_ = _opened
+    return [(block, check.problems(store, block)) for block in blocks]

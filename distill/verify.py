@@ -1,0 +1,108 @@
+"""Check that a store is whole, and that every row of it is what the teacher said and the plan wrote.
+
+    python -m distill.verify outputs/demo.zarr [store.options.KEY=VALUE ...]
+    python -m distill.verify outputs/demo.zarr --repair     # take back what is damaged; generate then makes it again
+
+Every checksum of every chunk is computed again, and every rule of docs/format.md is checked. Exit status: 0 the store
+is complete and sound, 1 it is not, 2 bad usage or no store.
+
+--repair   restore damaged metadata from the copy that a store has of it, remove the commits of damaged blocks, and
+           damaged chunks of the plan. The same distill.generate command as before then makes just these again
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from distill.config import GenerateConfig
+from distill.errors import ConfigError, DistillError, UserError
+from distill.run.log import adapt_to_machine
+from distill.settings import expand, load
+from distill.store.repair import restore_metadata, take_back
+from distill.store.soundness import BlockCheck, Problem, block_problems, metadata_problems, plan_problems
+from distill.store.store import Store
+
+_USAGE = "usage: python -m distill.verify STORE [--repair] [store.options.KEY=VALUE ...]"
+_FLAGS = ("--repair",)
+_SHOWN = 50
+_ROWS_WORTH_A_PROCESS = 1 << 20
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Verify the store that is named; return the exit status."""
+    adapt_to_machine()
+    if {"--help", "-h"} & {*arguments}:
+        print(f"{_USAGE}\n\n{__doc__}")
+        return 0
+    try:
+        settings = [argument for argument in arguments if argument.startswith("store.options.")]
+        paths = [argument for argument in arguments if argument not in (*settings, *_FLAGS)]
+        if len(paths) != 1 or paths[0].startswith("-"):
+            raise ConfigError(f"expected one store, found {len(paths)} ({' '.join(paths)}); {_USAGE}")
+        options = load(GenerateConfig, settings).store.options
+        return verify(expand(paths[0], "STORE"), options, repair="--repair" in arguments)
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+
+
+def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:
+    """Print what is wrong with a store; return the exit status, 0 or 1."""
+    problems = metadata_problems(path, options)
+    if problems and not repair:
+        return _report(path, problems, "its data was not checked, since its metadata is damaged")
+    if problems:
+        restore_metadata(path, options, problems)
+        print(f"{path}: restored {', '.join(problem.where for problem in problems)}")
+    store = Store.existing(path, options)
+    problems = plan_problems(store)
+    table_is_sound = not any(problem.where.startswith("sample") for problem in problems)
+    sums_are_sound = not any(problem.where.startswith("plan_checksums") for problem in problems)
+    committed = store.committed()
+    check = BlockCheck(committed, store.tokens_per_block() if table_is_sound else None, sums_are_sound)
+    rows = store.num_blocks * store.block_rows
+    processes = min(len(os.sched_getaffinity(0)), max(1, rows // _ROWS_WORTH_A_PROCESS))
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=store.num_blocks, desc="verifying", unit="block", mininterval=interval, delay=1.0) as bar:
+        for _, found in block_problems(store, options, check, processes):
+            problems += found
+            bar.update()
+    missing = np.flatnonzero(~committed)
+    if store.complete:
+        problems += [Problem(f"block {block}:", "its commit is missing", block=int(block)) for block in missing]
+    state = f"{committed.sum():,} of {store.num_blocks:,} blocks are committed"
+    if problems and repair:
+        hopeless = [problem for problem in problems if problem.hopeless]
+        take_back(path, options, problems)
+        blocks, chunks = len({p.block for p in problems} - {None}), sum(len(problem.keys) for problem in problems)
+        print(f"{path}: took back {blocks} blocks and {chunks} chunks of the plan; run distill.generate again")
+        return _report(path, hopeless, "cannot be repaired") if hopeless else 1
+    if problems:
+        return _report(path, problems, f"{state}; --repair takes back what is damaged")
+    if len(missing):
+        print(f"{path}: sound, but unfinished: {state}; run distill.generate again to its end")
+        return 1
+    if not store.complete:
+        print(f"{path}: sound, but not marked complete: {state}; run distill.generate again to its end")
+        return 1
+    tokens = store.attributes["num_tokens"]
+    print(f"{path}: complete and sound: {state}, {tokens:,} tokens; every checksum and every rule holds")
+    return 0
+
+
+def _report(path: str, problems: Sequence[Problem], end: str) -> int:
+    print(f"{path}: damaged")
+    for problem in sorted(problems, key=lambda problem: (problem.block is not None, problem.block or 0))[:_SHOWN]:
+        print(f"  {problem}".rstrip())
+    if len(problems) > _SHOWN:
+        print(f"  and {len(problems) - _SHOWN} more")
+    print(end)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
