@@ -76,11 +76,12 @@ def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:
         problems += [Problem(f"block {block}:", "its commit is missing", block=int(block)) for block in missing]
     state = f"{committed.sum():,} of {store.num_blocks:,} blocks are committed"
     if problems and repair:
+        if any(not problem.hopeless for problem in problems):
+            take_back(path, options, problems)
+            blocks, chunks = len({p.block for p in problems} - {None}), sum(len(p.keys) for p in problems)
+            print(f"{path}: took back {blocks} blocks and {chunks} chunks of the plan; run distill.generate again")
         hopeless = [problem for problem in problems if problem.hopeless]
-        take_back(path, options, problems)
-        blocks, chunks = len({p.block for p in problems} - {None}), sum(len(problem.keys) for problem in problems)
-        print(f"{path}: took back {blocks} blocks and {chunks} chunks of the plan; run distill.generate again")
-        return _report(path, hopeless, "cannot be repaired") if hopeless else 1
+        return _report(path, hopeless, "this cannot be repaired") if hopeless else 1
     if problems:
         return _report(path, problems, f"{state}; --repair takes back what is damaged")
     if len(missing):

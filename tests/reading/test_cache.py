@@ -250,13 +250,13 @@ def test_a_loss_mask_is_kept(small_store: Path) -> None:
 
 def test_opening_reads_the_index_alone(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    plain = Store.read_rows
+    plain = Store._entries
 
     def spying(self: Store, name: str, start: int, stop: int) -> Any:
         read.append(name)
         return plain(self, name, start, stop)
 
-    monkeypatch.setattr(Store, "read_rows", spying)
+    monkeypatch.setattr(Store, "_entries", spying)
     cache = TeacherCache(str(small_store))
     assert sorted(read) == ["sample_length", "sample_start"]
     cache[0]

@@ -1,0 +1,149 @@
+"""What `distill.verify` checks beside checksums: the rules that rows and the sample table keep, whoever wrote them."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill.store.writable import WritableStore
+from distill.teacher.capture import round_logprobs
+from distill.verify import main
+from tests.support import reseal, tree
+
+Rows = dict[str, Any]
+ATTRIBUTES = {
+    "k": 5,
+    "temperatures": [2.0, 1.0],
+    "vocab_size": 50,
+    "block_rows": 32,
+    "num_blocks": 4,
+    "num_samples": 8,
+    "num_tokens": 80,
+    "config": {},
+}
+
+
+def made_up() -> Rows:
+    """What a teacher says of 20 rows in use, over 50 ids, as it is stored."""
+    logits = np.random.default_rng(0).normal(0, 3, (20, 50))
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    ids = np.argsort(-logprobs, axis=1)[:, :5]
+    kept = np.take_along_axis(logprobs, ids, axis=1)
+    tail = np.log1p(-np.exp(kept).sum(axis=1, keepdims=True))
+    return {
+        "target_ids": ids.astype(np.int32),
+        "target_logprobs": round_logprobs(kept.astype(np.float32)),
+        "logsumexp": np.ones((20, 2), np.float32),
+        "tail_logprob": round_logprobs(np.concatenate([tail - 1, tail], axis=1).astype(np.float32)),
+    }
+
+
+def write(path: Path, rows: Rows, tokens: Any = None, lengths: Any = None, block: int = 2) -> Path:
+    """A complete store of 4 blocks, with these `rows` and `tokens` in one of them."""
+    store = WritableStore.create(str(path), {}, ATTRIBUTES, masked=False, codec="portable")
+    store.write_all("sample_start", np.array([0, 10, 32, 42, 64, 74, 96, 106]))
+    store.write_all("sample_length", np.full(8, 10, np.int32) if lengths is None else np.array(lengths, np.int32))
+    store.write_all("sample_index", np.arange(8))
+    for i in range(4):
+        store.write_rows("tokens", i, np.arange(20) if tokens is None or i != block else tokens)
+    store.publish()
+    for i in range(4):
+        for name, values in (rows if i == block else made_up()).items():
+            store.write_rows(name, i, values)
+        store.commit(i, 20)
+    store.mark_complete()
+    return path
+
+
+def test_a_sound_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "x.zarr", made_up())
+    before = tree(tmp_path)
+    assert main([str(tmp_path / "x.zarr")]) == 0
+    assert "complete and sound: 4 of 4 blocks are committed, 80 tokens" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+
+
+def changed(name: str, at: Any, value: Any) -> Callable[[Rows], None]:
+    def change(rows: Rows) -> None:
+        rows[name][at] = value
+
+    return change
+
+
+def swapped(name: str) -> Callable[[Rows], None]:
+    def change(rows: Rows) -> None:
+        rows[name][:] = rows[name][:, ::-1].copy()
+
+    return change
+
+
+RULES = {
+    "target_ids: an id is outside the vocabulary": changed("target_ids", (7, 2), 50),
+    "target_ids: an id is there twice": lambda rows: changed("target_ids", (7, 2), rows["target_ids"][7, 4])(rows),
+    "target_logprobs: a log-probability is above 0": changed("target_logprobs", (0, 0), 0.5),
+    "target_logprobs: not in descending order": swapped("target_logprobs"),
+    "tail_logprob: a log-probability is above 0": changed("tail_logprob", (19, 0), 0.01),
+    "tail_logprob: .* no number": changed("tail_logprob", (19, 1), np.nan),
+    "logsumexp: not finite": changed("logsumexp", (3, 1), np.inf),
+    "the probabilities do not add up to 1": lambda rows: rows["tail_logprob"].__isub__(np.float16(0.25)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_is_checked(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = made_up()
+    RULES[rule](rows)
+    path = str(write(tmp_path / "x.zarr", rows))
+    assert main([path]) == 1
+    out = capsys.readouterr().out
+    assert re.search(f"block 2: .*{rule}", out), out
+    assert "block 1:" not in out
+    assert main([path, "--repair"]) == 1
+    assert "took back 1 blocks" in capsys.readouterr().out
+    assert main([path]) == 1
+    assert "sound, but unfinished: 3 of 4 blocks are committed" in capsys.readouterr().out
+
+
+def test_the_sample_table_keeps_its_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = {
+        "a sample has no rows": [10, 0, 10, 10, 10, 10, 10, 10],
+        "samples overlap": [11, 10, 10, 10, 10, 10, 10, 10],
+        "a sample is in two blocks": [10, 23, 10, 10, 10, 10, 10, 10],
+        "the attribute num_tokens says otherwise": [10, 9, 10, 10, 10, 10, 10, 10],
+    }
+    for i, (rule, lengths) in enumerate(tables.items()):
+        path = write(tmp_path / f"{i}.zarr", made_up(), lengths=lengths)
+        assert main([str(path)]) == 1
+        assert rule in capsys.readouterr().out
+    path = write(tmp_path / "tokens.zarr", made_up(), tokens=np.full(20, 50))
+    before = tree(tmp_path)
+    for arguments in ([str(path)], [str(path), "--repair"]):  # it was made so: nothing takes it back
+        assert main(arguments) == 1
+        assert "block 2: tokens: an id is outside the vocabulary" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+    path = write(tmp_path / "rows.zarr", made_up())
+    store = WritableStore.existing(str(path), {})
+    store.write_rows("target_ids", 2, made_up()["target_ids"])
+    for name in ("target_logprobs", "logsumexp", "tail_logprob"):
+        store.write_rows(name, 2, made_up()[name])
+    store.commit(2, 21)
+    assert main([str(path)]) == 1
+    assert "block 2: commits says 21 rows, its samples have 20" in capsys.readouterr().out
+
+
+def test_what_cannot_be_repaired_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "x.zarr", made_up())
+    reseal(path, arrays={})  # another zarr's way to write zarr.json would look like this
+    for file in (path / "zarr.json", path / "commits" / "zarr.json"):
+        file.write_text(file.read_text().replace('"digest"', '"digost"'))
+    for arguments in ([str(path)], [str(path), "--repair"]):
+        assert main(arguments) == 2
+        assert "there is no copy of its attributes in commits/zarr.json" in capsys.readouterr().err
+    for arguments, message in (([], "expected one store, found 0"), ([str(tmp_path / "nothing")], "found no store at")):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "--repair" in capsys.readouterr().out
