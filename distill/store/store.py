@@ -7,7 +7,8 @@ R rows, S samples, B blocks.
 """
 
 import warnings
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -30,6 +31,8 @@ class Store:
     def __init__(self, group: zarr.Group, path: str) -> None:
         self._group, self.path = group, path
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._first_starts: dict[int, int] = {}  # of chunks of sample_start
+        self._starts: tuple[int, NDArray[np.int64]] | None = None  # the number of such a chunk, and its values
         self.attributes: dict[str, Any] = dict(group.attrs)
         self.block_rows = int(self.attributes["block_rows"])
 
@@ -90,9 +93,63 @@ class Store:
         """A whole array: sample_start, sample_length, commits, ..."""
         return self.read_rows(name, 0, self._array(name).shape[0])
 
+    def read_chunks(self, name: str) -> Iterator[NDArray[Any]]:
+        """A whole array over samples, one chunk after the other."""
+        array = self._array(name)
+        for start in range(0, array.shape[0], array.chunks[0]):
+            yield self.read_rows(name, start, min(start + array.chunks[0], array.shape[0]))
+
+    @property
+    def num_blocks(self) -> int:
+        """B: how many blocks there are, committed or not."""
+        return int(self._array("tokens").shape[0]) // self.block_rows
+
+    @property
+    def num_samples(self) -> int:
+        """S: how many samples there are."""
+        return int(self._array("sample_start").shape[0])
+
+    def samples_of(self, block: int) -> range:
+        """The samples in a block. Few chunks of sample_start are read, and one is kept, however many samples."""
+        return range(*(self._first_sample(row) for row in (block * self.block_rows, (block + 1) * self.block_rows)))
+
+    def _first_sample(self, row: int) -> int:
+        """The first sample that starts at `row` or later."""
+        size = int(self._array("sample_start").chunks[0])
+
+        def first_start(chunk: int) -> int:
+            if chunk not in self._first_starts:
+                self._first_starts[chunk] = int(self._starts_of(chunk)[0])
+            return self._first_starts[chunk]
+
+        chunks = range(-(-self.num_samples // size))
+        chunk = max(0, bisect_left(chunks, row, key=first_start) - 1)  # the last one that begins before `row`
+        return chunk * size + int(np.searchsorted(self._starts_of(chunk), row))
+
+    def _starts_of(self, chunk: int) -> NDArray[np.int64]:
+        if self._starts is None or self._starts[0] != chunk:
+            size = int(self._array("sample_start").chunks[0])
+            first = chunk * size
+            self._starts = chunk, self.read_rows("sample_start", first, min(first + size, self.num_samples))
+        return self._starts[1]
+
+    def tokens_per_block(self) -> NDArray[np.int64]:
+        """[B] int64: rows in use, from the sample table."""
+        tokens = np.zeros(self.num_blocks, np.int64)
+        for starts, lengths in zip(self.read_chunks("sample_start"), self.read_chunks("sample_length"), strict=True):
+            blocks = starts // self.block_rows
+            first = int(blocks[0])
+            part = np.bincount(blocks - first, weights=lengths).astype(np.int64)
+            tokens[first : first + len(part)] += part
+        return tokens
+
+    def committed(self) -> NDArray[np.bool_]:
+        """[B] bool: whether each block is committed."""
+        return np.asarray(self.read_all("commits") >= 0)
+
     def missing_blocks(self) -> list[int]:
         """The blocks that are not committed."""
-        return [int(block) for block in np.flatnonzero(self.read_all("commits") < 0)]
+        return np.flatnonzero(~self.committed()).tolist()
 
     def array_names(self) -> list[str]:
         """The names of the arrays that are there."""

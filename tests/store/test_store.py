@@ -53,6 +53,46 @@ def test_what_is_written_is_read(tmp_path, codec):
     assert again.block_bytes(1, ["target_logprobs"]) == (tmp_path / "x.zarr/target_logprobs/c/1/0").stat().st_size
 
 
+def test_the_samples_of_a_block_are_found_in_a_few_chunks(tmp_path, monkeypatch):
+    """However many samples there are: beside a search in all of them."""
+    monkeypatch.setattr("distill.store.codecs._SAMPLE_CHUNK", 4)
+    random = np.random.default_rng(0)
+    for number, count in enumerate((1, 4, 5, 300)):
+        starts = np.sort(random.choice(32 * 90, count, replace=False))
+        starts[0] = 0
+        lengths = np.diff(starts, append=starts[-1] + 1).astype(np.int32)  # across blocks: the table is all that counts
+        specs = [*SPECS, ArraySpec("sample_length", "sample", (), "int32", 0)]
+        sizes = {"row": 32 * 90, "sample": count}
+        store = WritableStore.create(
+            str(tmp_path / f"{number}.zarr"), {}, {"block_rows": 32, "complete": False}, specs, sizes, 16, "portable"
+        )
+        store.write_all("sample_start", starts)
+        store.write_all("sample_length", lengths)
+        assert (store.num_blocks, store.num_samples) == (90, count)
+        expected = np.bincount(starts // 32, weights=lengths, minlength=90)
+        assert store.tokens_per_block().tolist() == expected.tolist()
+        read: list[tuple[str, int, int]] = []
+        monkeypatch.setattr(Store, "read_rows", spying(read))
+        for block in [*range(90), 0, 89, 44, *random.integers(90, size=50)]:
+            read.clear()
+            expected = np.flatnonzero(starts // 32 == block)
+            assert list(store.samples_of(int(block))) == expected.tolist()
+            assert all(stop - start <= 4 for _, start, stop in read)
+        assert len(read) <= 2  # the first of each chunk is known by now
+        monkeypatch.undo()
+        monkeypatch.setattr("distill.store.codecs._SAMPLE_CHUNK", 4)
+
+
+def spying(read):
+    plain = Store.read_rows
+
+    def read_rows(self, name, start, stop):
+        read.append((name, start, stop))
+        return plain(self, name, start, stop)
+
+    return read_rows
+
+
 def test_tensorstore_reads_the_same(tmp_path):
     store = create(tmp_path / "x.zarr")
     store.write_rows("target_logprobs", 2, values(32))
