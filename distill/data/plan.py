@@ -48,9 +48,10 @@ class Plan:
         return range(int(first), int(last))
 
     def tokens_per_block(self) -> NDArray[np.int64]:
-        """[B] int64: rows in use."""
-        firsts = np.searchsorted(self.starts, np.arange(self.num_blocks) * self.block_rows)  # each has samples
-        return np.add.reduceat(self.lengths, firsts, dtype=np.int64)
+        """[B] int64: rows in use: up to the end of the block's last sample, since there are no gaps before."""
+        begins = np.arange(self.num_blocks) * self.block_rows
+        last = np.append(np.searchsorted(self.starts, begins[1:]), len(self.starts)) - 1
+        return np.asarray(self.starts[last] + self.lengths[last] - begins)
 
 
 def batches(lengths: NDArray[np.int32], max_tokens: int, switch: int | None = None) -> list[NDArray[np.int64]]:
@@ -111,7 +112,8 @@ def lay_out(lengths: NDArray[np.int32], block_rows: int) -> Plan:
             f"store.block_rows: expected at most {INNER_ROWS} or a multiple of it (the inner chunk), found {block_rows}"
         )
     ends = np.zeros(len(lengths) + 1, np.int64)  # where each sample begins if there are no gaps, and the last ends
-    np.cumsum(lengths, out=ends[1:])
+    ends[1:] = lengths
+    np.cumsum(ends, out=ends)  # in place: from int32, it would make another array
     sample = block = 0
     while sample < len(lengths):
         begin = int(ends[sample])

@@ -100,7 +100,8 @@ class _Spool:
             file.flush()
             there = np.memmap(file, self._types[name], "r") if len(lengths) else np.zeros(0, self._types[name])
             columns[name] = np.asarray(there)
-        ends = np.cumsum(lengths, dtype=np.int64)
+        ends = lengths.astype(np.int64)
+        np.cumsum(ends, out=ends)
         return Samples(lengths, np.asarray(self._source), ends, columns)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from distill.errors import StoreError, first_line
 from distill.store.location import is_group, locate
@@ -144,8 +145,11 @@ class Store:
         return tokens
 
     def committed(self) -> NDArray[np.bool_]:
-        """[B] bool: whether each block is committed."""
-        return np.asarray(self.read_all("commits") >= 0)
+        """[B] bool: whether each block is committed, by one listing: a commit is a file."""
+        names = sync(_listed(self._group.store, "commits/c"))
+        found = np.zeros(self.num_blocks, bool)
+        found[[int(name) for name in names if name.isdigit()]] = True  # others are half written
+        return found
 
     def missing_blocks(self) -> list[int]:
         """The blocks that are not committed."""
@@ -166,3 +170,7 @@ class Store:
             assert isinstance(found, zarr.Array)
             self._arrays[name] = found
         return self._arrays[name]
+
+
+async def _listed(location: Any, folder: str) -> list[str]:
+    return [name async for name in location.list_dir(folder)]

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -114,6 +116,19 @@ def test_a_plan_is_the_same_made_in_place():
     tokens = np.zeros(plan.num_blocks, int)
     np.add.at(tokens, plan.starts // 8192, lengths)
     assert plan.tokens_per_block().tolist() == tokens.tolist()
+
+
+def test_a_plan_takes_little_more_than_its_starts():
+    lengths = np.full(1_000_000, 40, np.int32)
+    tracemalloc.start()
+    plan = lay_out(lengths, 65536)
+    plan.tokens_per_block()
+    auto_block_rows(lengths)
+    assert tracemalloc.get_traced_memory()[1] < 8.5e6
+    tracemalloc.reset_peak()
+    permutation(1_000_000, 0)
+    assert tracemalloc.get_traced_memory()[1] < 8e6 + 4.5e6
+    tracemalloc.stop()
 
 
 def test_permutation_is_seeded():
