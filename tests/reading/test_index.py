@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from distill import TeacherCache
 from distill.data.plan import lay_out
+from distill.errors import DataError
 from distill.reading import index as index_module
 from distill.reading.cache import _some_examples
 from distill.reading.index import Index
@@ -108,22 +109,56 @@ def test_an_epoch_makes_no_array_as_long_as_the_samples() -> None:
     tracemalloc.stop()
 
 
-def test_opening_holds_one_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.store.codecs._SAMPLE_CHUNK", 1 << 16)
-    lengths = np.random.default_rng(0).integers(1, 50, 1_000_000).astype(np.int32)
-    layout = lay_out(lengths, 1 << 20)
+def planned(path: Path, lengths: Any, block_rows: int, trained: Any = None) -> Any:
+    """A store that says that it is complete, with a sample table and perhaps a loss mask; where its samples start."""
+    layout = lay_out(lengths, block_rows)
     store = WritableStore.create(
-        str(tmp_path / "x.zarr"),
+        str(path),
         {},
-        {"block_rows": 1 << 20, "complete": True, "temperatures": [1.0]},
-        array_specs(2, 1, loss_mask=False),
+        {"block_rows": block_rows, "complete": True, "temperatures": [1.0]},
+        array_specs(2, 1, loss_mask=trained is not None),
         {"row": layout.num_rows, "sample": len(lengths)},
-        8192,
+        min(8192, block_rows),
         "portable",
     )
     store.write_all("sample_start", layout.starts)
     store.write_all("sample_length", lengths)
+    if trained is not None:
+        for block in range(layout.num_blocks):
+            here = np.zeros(block_rows, bool)
+            for i in layout.samples_of(block):
+                first = layout.starts[i] - block * block_rows
+                here[first : first + lengths[i]] = trained[i]
+            store.write_rows("loss_mask", block, here)
     store.publish(layout.num_blocks)
+    return layout.starts
+
+
+def test_whether_anything_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece of many, in blocks of several pieces; the last token of a sample is followed by none."""
+    monkeypatch.setattr(index_module, "PIECE_ROWS", 60)
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 90, 300).astype(np.int32)
+    trained = [np.zeros(length, bool) for length in lengths]
+    for i in (5, 77, 140, 141, 299):
+        lengths[i] = 50
+        trained[i] = np.arange(50) == (49 if i == 141 else 20)
+    planned(tmp_path / "x.zarr", lengths, 512, trained)
+    cache = TeacherCache(str(tmp_path / "x.zarr"))
+    learned = np.array([mask[:-1].any() for mask in trained])
+    assert learned.sum() == 4
+    for part in (slice(None), slice(6, 77), slice(77, 140), slice(141, 299), slice(142, None), slice(298, 140, -1)):
+        if learned[part].any():
+            cache[part].check_trained("to train on")
+        else:
+            with pytest.raises(DataError, match="loss_mask is false everywhere"):
+                cache[part].check_trained("to train on")
+
+
+def test_opening_holds_one_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.store.codecs._SAMPLE_CHUNK", 1 << 16)
+    lengths = np.random.default_rng(0).integers(1, 50, 1_000_000).astype(np.int32)
+    starts = planned(tmp_path / "x.zarr", lengths, 1 << 20)
     TeacherCache(str(tmp_path / "x.zarr"))  # whatever zarr keeps
     tracemalloc.start()
     cache = TeacherCache(str(tmp_path / "x.zarr"))
@@ -132,7 +167,7 @@ def test_opening_holds_one_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     assert tracemalloc.get_traced_memory()[1] < 4_000_000  # of 12 MB
     tracemalloc.stop()
     for i in (0, 777_777, 999_999):
-        assert cache._index.rows(i) == (layout.starts[i], layout.starts[i] + lengths[i])
+        assert cache._index.rows(i) == (starts[i], starts[i] + lengths[i])
 
 
 def mapping_of(values: Any) -> tuple[int, ...]:
