@@ -126,7 +126,7 @@ class StoreConfig(CacheConfig):
     """Which store is written, and how it is cut and compressed."""
 
     block_rows: int | str = key(
-        "auto", "token rows in a block, the unit of work; auto = from the data alone", ("auto",), least=1
+        "auto", "token rows in a block, the unit of work; auto = from the data alone, up to 2^20", ("auto",), least=1
     )
     codec: str = key(
         "portable", "portable = blosc-zstd, any Zarr reader; compact = pcodec, smaller", ("portable", "compact")
@@ -201,7 +201,9 @@ class TrainBatchConfig:
     accumulate: int = key(1, "forward passes in an optimizer step", least=1)
     packed: bool = key(True, "put samples end to end in rows; refused where they would see each other")
     readers: int = key(2, "DataLoader workers of each worker", least=0)
-    window_blocks: int = key(16, "blocks in a reader's memory, whose samples are shuffled together", least=1)
+    window_blocks: int = key(
+        16, "blocks (pieces of 65,536 rows of larger ones) in a reader's memory, shuffled together", least=1
+    )
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,10 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
             board.meet(f"replica {grid.replica} has loaded", grid.shard_size)  # however long: no collective yet
             watch.follow(model)
             watch.beat()
-            longest = int(job.store.read_all("sample_length").max())
-            teacher = Teacher(model, device, share, longest, config.batch.max_tokens)
-            worker = Worker(config, job.store, teacher, board, watch, job.missing, mine)
-            bar = session.bar(worker.total_tokens, worker.done_tokens, "teacher", "tok", worker.progress)
+            teacher = Teacher(model, device, share, job.longest, config.batch.max_tokens)
+            worker = Worker(config, job.store, teacher, board, watch, len(job.missing), mine)
+            total = job.store.attributes["num_tokens"]
+            bar = session.bar(total, job.done_tokens, "teacher", "tok", worker.progress)
             # 4. forward, 5. write
             worker.work()
         watch.rest()

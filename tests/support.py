@@ -273,6 +273,21 @@ def open_raw(store: Path, name: str) -> Any:
     return tensorstore.open(spec).result().read().result()
 
 
+def planned_store(
+    path: Path, layout: Any, index: Any = None, masked: bool = False, k: int = 2, **attributes: Any
+) -> Any:
+    """A store with the sample table of a Plan, not published: its tokens are to be written."""
+    from distill.store.writable import WritableStore
+
+    found = {"k": k, "temperatures": [1.0], "vocab_size": 1000, "num_tokens": int(layout.lengths.sum()), "config": {}}
+    found |= {"block_rows": layout.block_rows, "num_blocks": layout.num_blocks, "num_samples": len(layout.lengths)}
+    store = WritableStore.create(str(path), {}, found | attributes, masked, "portable")
+    store.write_all("sample_start", layout.starts)
+    store.write_all("sample_length", layout.lengths)
+    store.write_all("sample_index", np.arange(len(layout.lengths)) if index is None else index)
+    return store
+
+
 def reseal(store: Path, **changes: Any) -> None:
     """Change attributes of a store, as if it had been made so."""
     from distill.store.metadata import sealed

@@ -264,16 +264,15 @@ def test_numerical_errors_name_sample_and_position() -> None:
 
     import numpy as np
 
-    from distill.data.plan import Plan
     from distill.errors import NumericalError
     from distill.teacher.worker import Worker
 
     worker = Worker.__new__(Worker)
-    worker._plan = Plan(16, np.array([0, 3, 7]), np.array([3, 4, 2], np.int32))
+    batch = np.array([1, 0, 2]), np.array([4, 3, 2], np.int32)
     worker._store = SimpleNamespace(read_rows=lambda name, start, stop: np.array([10, 11, 12])[start:stop])  # type: ignore[assignment]
     logsumexp = torch.zeros(9, 1)
     captured = SimpleNamespace(logsumexp=logsumexp)
-    worker._check_finite(captured, [1, 0, 2])  # type: ignore[arg-type]
+    worker._check_finite(captured, *batch)  # type: ignore[arg-type]
     logsumexp[4 + 2] = torch.inf  # the batch holds samples 1, 0 and 2 in this order: row 6 is the last of sample 0
     with pytest.raises(NumericalError, match=r"position 2 of sample 0 \(example 10 of"):
-        worker._check_finite(captured, [1, 0, 2])  # type: ignore[arg-type]
+        worker._check_finite(captured, *batch)  # type: ignore[arg-type]

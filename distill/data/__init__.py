@@ -8,5 +8,5 @@ forms      recognize; texts, chats, prompts with completions, instructions. ids:
 messages   chat messages as users have them, in one form. chat: from messages to tokens, and which the assistant writes
 tokenize   tokenize, Samples: examples to samples
 show       marked: a sample in words, with what is trained on marked
-plan       lay_out, Plan, permutation, auto_block_rows: samples to rows, blocks and batches
+plan       lay_out, Plan, permutation, auto_block_rows, batches: samples to rows, blocks and batches
 """

@@ -63,13 +63,12 @@ class Samples:
         """Whether not every token is trained on."""
         return "loss_mask" in self._columns
 
-    def take(self, samples: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def take(self, samples: Sequence[int] | NDArray[np.integer]) -> dict[str, NDArray[Any]]:
         """The given samples, concatenated: tokens [N] int32, source [n] int64 and perhaps loss_mask [N] bool."""
-        found: dict[str, NDArray[Any]] = {"source": self.source[np.asarray(samples)]}
-        for name, values in self._columns.items():
-            parts = [values[self._ends[i] - self.lengths[i] : self._ends[i]] for i in samples]
-            found[name] = np.concatenate(parts) if parts else values[:0]
-        return found
+        lengths = self.lengths[samples]
+        at = np.repeat(self._ends[samples] - np.cumsum(lengths, dtype=np.int64), lengths)
+        at += np.arange(len(at))  # [N], the place of each token
+        return {"source": self.source[samples], **{name: values.take(at) for name, values in self._columns.items()}}
 
 
 class _Spool:
@@ -95,13 +94,15 @@ class _Spool:
         self._source.append(example)
 
     def samples(self) -> Samples:
-        lengths = np.array(self._lengths, np.int32)
+        lengths = np.asarray(self._lengths)
         columns: dict[str, NDArray[Any]] = {}
         for name, file in self._files.items():
             file.flush()
-            columns[name] = np.memmap(file, self._types[name], "r") if len(lengths) else np.zeros(0, self._types[name])
-        ends = np.cumsum(lengths, dtype=np.int64)
-        return Samples(lengths, np.array(self._source, np.int64), ends, columns)
+            there = np.memmap(file, self._types[name], "r") if len(lengths) else np.zeros(0, self._types[name])
+            columns[name] = np.asarray(there)
+        ends = lengths.astype(np.int64)
+        np.cumsum(ends, out=ends)
+        return Samples(lengths, np.asarray(self._source), ends, columns)
 
 
 def tokenize(

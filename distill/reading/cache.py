@@ -6,7 +6,8 @@
     batches = train.shuffled(batch_size=8, seed=0)          # batch after batch, for a DataLoader
     loader = DataLoader(batches, batch_size=None, num_workers=2)
 
-Opening reads where each sample starts and how long it is (12 bytes a sample, uncompressed), nothing else.
+Opening reads where each sample starts and how long it is (12 bytes a sample, uncompressed), nothing else. All
+processes of a machine that got the cache from one another share that.
 """
 
 import json
@@ -14,12 +15,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from distill.errors import ConfigError, DataError, StoreError
+from distill.reading.index import Index
 from distill.reading.samples import RowReader, Sample, to_sample
-from distill.reading.shuffle import Index, ShuffledBatches
+from distill.reading.shuffle import ShuffledBatches
 from distill.store.fingerprint import text_digest
+
+_DRAWN_AT_ONCE = 1 << 20
 
 
 class TeacherCache(Dataset[Sample]):
@@ -44,8 +49,7 @@ class TeacherCache(Dataset[Sample]):
         self._reader = RowReader(path, options or {})
         store = self._reader.store
         self.attributes = store.attributes
-        starts, lengths = store.read_all("sample_start"), store.read_all("sample_length")
-        self._index = Index(np.arange(len(starts)), starts, lengths)
+        self._index = Index.of(store)
         if not store.complete:
             committed = store.committed()
             if not allow_unfinished:
@@ -54,7 +58,8 @@ class TeacherCache(Dataset[Sample]):
                     f"{path} is unfinished ({there}): run distill.generate again to its end, or open it with "
                     "allow_unfinished=True"
                 )
-            self._index = self._index.take(committed[starts // store.block_rows])
+            starts = store.read_chunks("sample_start")
+            self._index = self._index.where(np.concatenate([committed[part // store.block_rows] for part in starts]))
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
 
@@ -71,20 +76,20 @@ class TeacherCache(Dataset[Sample]):
     @property
     def max_length(self) -> int:
         """The number of tokens of the longest sample."""
-        return int(self._index.lengths.max(initial=0))
+        return max((int(lengths.max()) for lengths in self._index.lengths()), default=0)
 
     @property
     def lengths(self) -> list[int]:
         """The number of tokens of each sample."""
-        return [int(length) for length in self._index.lengths]
+        return [length for lengths in self._index.lengths() for length in lengths.tolist()]
 
     @property
     def num_tokens(self) -> int:
         """The number of tokens of all samples."""
-        return int(self._index.lengths.sum(dtype=np.int64))
+        return sum(int(lengths.sum(dtype=np.int64)) for lengths in self._index.lengths())
 
     def __len__(self) -> int:
-        return len(self._index.numbers)
+        return len(self._index)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -96,12 +101,12 @@ class TeacherCache(Dataset[Sample]):
     def __getitem__(self, which: int | slice) -> "Sample | TeacherCache":
         """One sample, as in distill/reading/samples.py; for a slice, a cache of these samples only."""
         if isinstance(which, slice):
-            return self._of(self._index.take(which))
+            return self._of(self._index[which])
         if not -len(self) <= which < len(self):
             raise IndexError(f"{self.path}: expected a sample from {-len(self)} to {len(self) - 1}, found {which}")
-        start, length = int(self._index.starts[which]), int(self._index.lengths[which])
-        rows = self._reader.read_sample(start, start + length)
-        return to_sample(int(self._index.numbers[which]), rows, self.path)
+        position = range(len(self))[which]
+        rows = self._reader.read_sample(*self._index.rows(position))
+        return to_sample(self._index.number(position), rows, self.path)
 
     def split(self, num_samples: int, seed: int = 0) -> "tuple[TeacherCache, TeacherCache]":
         """Two caches: one without about `num_samples` random samples, and one with these samples only.
@@ -112,13 +117,10 @@ class TeacherCache(Dataset[Sample]):
         """
         if num_samples < 0:
             raise ConfigError(f"{self.path}: expected 0 or more samples to hold out, found {num_samples}")
-        source = self._reader.store.read_all("sample_index")[self._index.numbers]
-        examples, example_of, windows = np.unique(source, return_inverse=True, return_counts=True)
-        order = np.random.default_rng(seed).permutation(len(examples))
-        taken = np.zeros(len(examples), bool)
-        taken[order[: int(np.searchsorted(np.cumsum(windows[order]), num_samples, "left")) + 1]] = num_samples > 0
-        held_out = taken[example_of]
-        return self._of(self._index.take(~held_out)), self._of(self._index.take(held_out))
+        if num_samples == 0:
+            return self._of(self._index), self[:0]
+        held_out = _some_examples(self._index.sources(self._reader.store), num_samples, seed)
+        return self._of(self._index.where(~held_out)), self._of(self._index.where(held_out))
 
     def shuffled(
         self,
@@ -130,7 +132,8 @@ class TeacherCache(Dataset[Sample]):
     ) -> ShuffledBatches:
         """Batches in random order, of rank `rank`'s share of each epoch: see ShuffledBatches.
 
-        window_blocks: how many blocks a DataLoader worker holds in memory; their samples are shuffled among each other.
+        window_blocks: how many blocks a DataLoader worker holds in memory, or of larger blocks pieces of 65,536 rows;
+        their samples are shuffled among each other.
         Raises DataError as `check_trained` does, and ConfigError for numbers that make no batches.
         """
         if batch_size < 1 or window_blocks < 1 or not 0 <= rank < world_size:
@@ -139,23 +142,26 @@ class TeacherCache(Dataset[Sample]):
                 f"{batch_size}, {window_blocks}, {rank} and {world_size}"
             )
         self.check_trained("to train on")
-        return ShuffledBatches(self._reader, self._index, batch_size, seed, rank, world_size, window_blocks)
+        index = self._index.ascending()
+        return ShuffledBatches(self._reader, index, batch_size, seed, rank, world_size, window_blocks)
 
     def check_trained(self, purpose: str) -> None:
         """Raise DataError where nothing can be learned from these samples, or measured on them.
 
         purpose: of these samples, for the message
         """
-        store, reading = self._reader.store, self._index.take(self._index.lengths > 1)  # no token follows a last one
+        store, index = self._reader.store, self._index.ascending()
         masked = "loss_mask" in store.array_names()
-        if len(reading.numbers) and not masked:
+        if not masked and any((lengths > 1).any() for lengths in index.lengths()):  # no token follows a last one
             return
-        block_of = reading.starts // store.block_rows
-        for block in np.unique(block_of):  # the first one is nearly always enough
-            first, here = int(block) * store.block_rows, reading.take(block_of == block)
-            trained = np.cumsum([0, *store.read_rows("loss_mask", first, first + store.block_rows)])
-            starts = here.starts - first
-            if (trained[starts + here.lengths - 1] > trained[starts]).any():
+        for start, stop in (
+            index.pieces(store.block_rows).tolist() if masked else ()
+        ):  # the first is nearly always enough
+            starts, lengths = index.spans(start, stop)
+            rows = store.read_rows("loss_mask", int(starts[0]), int(starts[-1] + lengths[-1]))
+            trained = np.append(0, np.cumsum(rows))
+            starts = starts - starts[0]
+            if (trained[starts + lengths - 1] > trained[starts]).any():
                 return
         why = "loss_mask is false everywhere" if masked else "all are short"
         raise DataError(
@@ -182,3 +188,28 @@ class TeacherCache(Dataset[Sample]):
         part = object.__new__(TeacherCache)
         part._reader, part.attributes, part._index = self._reader, self.attributes, index
         return part
+
+
+def _some_examples(source: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.bool_]:
+    """[S] bool: the samples of random whole examples, as many as have about `num_samples` samples together.
+
+    source: [S] int64, the example that each sample is from
+    """
+    if source.max(initial=0) > 8 * len(source):  # examples without samples, far more than are worth counting
+        source = np.unique(source, return_inverse=True)[1]
+    windows = np.bincount(source)  # [E], the samples of each example
+    if not windows.all():  # examples without samples are not drawn
+        source, windows = (np.cumsum(windows > 0) - 1)[source], windows[windows > 0]
+    order = np.arange(len(windows), dtype=np.int32 if len(windows) < 1 << 31 else np.int64)
+    np.random.default_rng(seed).shuffle(order)
+    taken = np.zeros(len(windows), bool)
+    count = 0
+    for at in range(0, len(order), _DRAWN_AT_ONCE):
+        drawn = order[at : at + _DRAWN_AT_ONCE]
+        counts = count + np.cumsum(windows[drawn])
+        enough = int(np.searchsorted(counts, num_samples)) + 1
+        taken[drawn[:enough]] = True
+        if enough <= len(drawn):
+            break
+        count = int(counts[-1])
+    return taken[source]

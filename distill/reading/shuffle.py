@@ -1,9 +1,9 @@
 """Samples of a store in random order, for a DataLoader with any number of workers, on any number of ranks.
 
-1. permute  the store's blocks, by (seed, epoch)
+1. permute  the pieces of the store, by (seed, epoch): its blocks, or 65,536 rows each of larger blocks
 2. split    the samples, in that order, into equal runs: one for each worker of each rank. A run may begin or end inside
-            a block, so that the lengths of runs differ by one sample at most
-3. window   each run reads a few blocks at a time, and shuffles the samples of these blocks
+            a piece, so that the lengths of runs differ by one sample at most
+3. window   each run reads a few pieces at a time, and shuffles the samples of these pieces
 4. batch    in that order. All runs make the same number of batches; a run that is too short adds an empty batch
 
 Everything follows from (seed, epoch, ranks, workers): an epoch is resumed in its middle by arithmetic, not by replay.
@@ -11,9 +11,7 @@ Everything follows from (seed, epoch, ranks, workers): an epoch is resumed in it
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from distill.errors import ConfigError
+from distill.reading.index import Index
 from distill.reading.samples import Batch, RowReader, Rows, Sample, as_stored, collate, empty_sample
-
-
-@dataclass(frozen=True)
-class Index:
-    """The samples to read, in the order of the store.
-
-    numbers: [S] int64, their numbers in the store, ascending. starts, lengths: [S], their first row and length
-    """
-
-    numbers: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int32]
-
-    def take(self, positions: Any) -> "Index":
-        """The samples at these positions of this index."""
-        return Index(self.numbers[positions], self.starts[positions], self.lengths[positions])
 
 
 class ShuffledBatches(IterableDataset[Batch]):
@@ -94,7 +77,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         return max(1, num_workers) * self._batches_per_run(max(1, num_workers))
 
     def _batches_per_run(self, num_workers: int) -> int:
-        longest_run = -(-len(self._index.starts) // (self._world_size * num_workers))
+        longest_run = -(-len(self._index) // (self._world_size * num_workers))
         return -(-longest_run // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -120,41 +103,38 @@ class ShuffledBatches(IterableDataset[Batch]):
     def _samples(self, epoch: int, run: int, num_runs: int, skip: int) -> Iterator[Sample]:
         """The samples of one run after its first `skip`, which are not read."""
         pieces = self._pieces(epoch, run, num_runs)
-        for window, first in enumerate(range(0, len(pieces), self._window_blocks)):
-            spans = pieces[first : first + self._window_blocks]
-            count = sum(stop - start for start, stop in spans)
-            order = np.random.default_rng([self._seed, epoch, run, window]).permutation(count)
-            wanted, skip = order[skip:], max(0, skip - count)
-            if len(wanted):
-                loaded = [self._load(start, stop) for start, stop in spans]
-                positions = np.concatenate([np.arange(start, stop) for start, stop in spans])
-                piece_of = np.repeat(np.arange(len(spans)), [stop - start for start, stop in spans])
-                for i in wanted:
-                    yield self._sample(int(positions[i]), *loaded[piece_of[i]])
+        for window, at in enumerate(range(0, len(pieces), self._window_blocks)):
+            spans = pieces[at : at + self._window_blocks]
+            counts = spans[:, 1] - spans[:, 0]
+            if skip >= counts.sum():
+                skip -= int(counts.sum())
+                continue
+            order = np.random.default_rng([self._seed, epoch, run, window]).permutation(counts.sum())[skip:]
+            skip = 0
+            loaded = [self._load(int(start), int(stop)) for start, stop in spans]
+            piece_of = np.repeat(np.arange(len(spans)), counts)
+            positions = np.concatenate([np.arange(start, stop) for start, stop in spans])
+            for i in order:
+                yield self._sample(int(positions[i]), *loaded[piece_of[i]])
 
-    def _pieces(self, epoch: int, run: int, num_runs: int) -> list[tuple[int, int]]:
-        """The run's samples in the epoch's order, as ranges of positions in the index, each within one block."""
-        block_of = self._index.starts // self._reader.store.block_rows  # [S], ascending
-        firsts = np.flatnonzero(np.diff(block_of, prepend=-1))  # position of each block's first sample
-        stops = np.append(firsts[1:], len(block_of))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(firsts))
-        firsts, stops = firsts[order], stops[order]
-        ends = np.cumsum(stops - firsts)  # of the blocks, in the permuted sequence of samples
-        begin, end = (len(block_of) * at // num_runs for at in (run, run + 1))
-        touched = range(int(np.searchsorted(ends, begin, "right")), int(np.searchsorted(ends, end, "left")) + 1)
-        pieces = []
-        for i in touched if end > begin else ():
-            before = int(ends[i] - (stops[i] - firsts[i]))
-            pieces.append((int(firsts[i]) + max(begin - before, 0), int(firsts[i]) + min(end, int(ends[i])) - before))
-        return pieces
+    def _pieces(self, epoch: int, run: int, num_runs: int) -> NDArray[np.int64]:
+        """[P, 2]: the run's samples in the epoch's order, as ranges of positions in the index, each within a piece."""
+        pieces = self._index.pieces(self._reader.store.block_rows)
+        pieces = pieces[np.random.default_rng([self._seed, epoch]).permutation(len(pieces))]
+        counts = pieces[:, 1] - pieces[:, 0]
+        ends = np.cumsum(counts)  # of the pieces, in the permuted sequence of samples
+        begin, end = (len(self._index) * at // num_runs for at in (run, run + 1))
+        left = np.clip(begin - (ends - counts), 0, counts)  # samples of a piece that are before this run, and after it
+        right = np.clip(ends - end, 0, counts)
+        mine = left + right < counts
+        return np.stack([pieces[mine, 0] + left[mine], pieces[mine, 1] - right[mine]], axis=1)
 
     def _load(self, start: int, stop: int) -> tuple[int, Rows]:
         """The number of the first row of the samples [start, stop) of the index, and all their rows."""
-        first, last = int(self._index.starts[start]), stop - 1
-        return first, self._reader.read(first, int(self._index.starts[last] + self._index.lengths[last]))
+        first = self._index.rows(start)[0]
+        return first, self._reader.read(first, self._index.rows(stop - 1)[1])
 
     def _sample(self, position: int, first_row: int, rows: Rows) -> Sample:
-        start = int(self._index.starts[position]) - first_row
-        stop = start + int(self._index.lengths[position])
-        found = {name: values[start:stop] for name, values in rows.items()}
-        return as_stored(int(self._index.numbers[position]), found, self._reader.path)
+        start, stop = self._index.rows(position)
+        found = {name: values[start - first_row : stop - first_row] for name, values in rows.items()}
+        return as_stored(self._index.number(position), found, self._reader.path)

@@ -9,14 +9,14 @@ R rows, S samples, B blocks.
 """
 
 import asyncio
-import bisect
 import hashlib
 import sys
 import threading
 import warnings
 import zlib
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -35,7 +35,7 @@ from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE, inner_rows
 # zarr warns of pcodec each time an array is opened; docs/format.md says it once.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
 
-_CHUNKS_KEPT = 16
+_KEPT_BYTES = 1 << 24
 _REMOTE_REQUESTS = 16  # at a time
 
 
@@ -55,6 +55,7 @@ class Store:
         self._add_arrays(documents)
         self._kept: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._guard = threading.Lock()
+        self._first_starts: dict[int, int] = {}  # of chunks of sample_start
 
     @classmethod
     def open(cls, path: str, options: Mapping[str, Any]) -> Self | None:
@@ -128,29 +129,42 @@ class Store:
         """[B]: whether each block is committed, from a listing of the chunks of ``commits``, whatever they contain."""
         return self._blocks_there("commits")
 
+    def read_chunks(self, name: str) -> Iterator[NDArray[Any]]:
+        """A whole array over samples, one chunk after the other."""
+        for i in range(len(self.chunk_keys(name))):
+            yield self._chunks(name, range(i, i + 1), keep=False)[i]
+
     def missing_blocks(self) -> list[int]:
         """The blocks that are not committed."""
         return [int(block) for block in np.flatnonzero(~self.committed())]
 
     def samples_of(self, block: int) -> range:
-        """The samples that lie in a block, by bisection: it reads a few chunks of the sample table."""
-        starts = _Column(self, "sample_start")
-        first, last = (bisect.bisect_left(starts, at * self.block_rows) for at in (block, block + 1))
-        return range(first, last)
+        """The samples in a block. Few chunks of sample_start are read, however many samples there are."""
+        return range(*(self._first_sample(row) for row in (block * self.block_rows, (block + 1) * self.block_rows)))
+
+    def _first_sample(self, row: int) -> int:
+        """The first sample that starts at `row` or later."""
+        size = self.chunk_length("sample_start")
+
+        def first_start(chunk: int) -> int:
+            if chunk not in self._first_starts:
+                self._first_starts[chunk] = int(self.read_rows("sample_start", chunk * size, chunk * size + 1)[0])
+            return self._first_starts[chunk]
+
+        chunks = range(-(-self.num_samples // size))
+        chunk = max(0, bisect_left(chunks, row, key=first_start) - 1)  # the last one that begins before `row`
+        starts = self.read_rows("sample_start", chunk * size, min((chunk + 1) * size, self.num_samples))
+        return chunk * size + int(np.searchsorted(starts, row))
 
     def tokens_per_block(self) -> NDArray[np.int64]:
-        """[B]: rows in use of each block, from the sample table, which is read piece by piece."""
-        found = np.zeros(self.num_blocks, np.int64)
-        step = 1 << 22
-        for first in range(0, self.num_samples, step):
-            starts, lengths = (
-                self.read_rows(name, first, min(first + step, self.num_samples))
-                for name in ("sample_start", "sample_length")
-            )
-            blocks, low = starts // self.block_rows, int(starts[0]) // self.block_rows
-            here = np.bincount(blocks - low, weights=lengths).astype(np.int64)
-            found[low : low + len(here)] += here
-        return found
+        """[B] int64: rows in use, from the sample table, chunk by chunk."""
+        tokens = np.zeros(self.num_blocks, np.int64)
+        for starts, lengths in zip(self.read_chunks("sample_start"), self.read_chunks("sample_length"), strict=True):
+            blocks = starts // self.block_rows
+            first = int(blocks[0])
+            part = np.bincount(blocks - first, weights=lengths).astype(np.int64)
+            tokens[first : first + len(part)] += part
+        return tokens
 
     def array_names(self) -> list[str]:
         """The names of the arrays."""
@@ -227,8 +241,8 @@ class Store:
         parts = [chunk[max(0, start - i * each) : stop - i * each] for i, chunk in chunks.items()]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _chunks(self, name: str, numbers: range) -> dict[int, NDArray[Any]]:
-        """Chunks of an array that has no shards, by their number. The last few are kept."""
+    def _chunks(self, name: str, numbers: range, keep: bool = True) -> dict[int, NDArray[Any]]:
+        """Chunks of an array that has no shards, by their number. keep: the last few are kept."""
         array = self._arrays[name]
         with self._guard:
             found = {i: self._kept[name, i] for i in numbers if (name, i) in self._kept}
@@ -238,25 +252,12 @@ class Store:
             if name in SAMPLE_TABLE and checksum(part) != self.attributes["sample_checksums"][name][i]:
                 raise DamageError(self.path, f"{name}, chunk {i} does not match its checksum")
             found[i] = part
-        if len(numbers) <= 2:  # else it is read from end to end
+        if keep and len(numbers) <= 2:  # else it is read from end to end
             with self._guard:
                 self._kept |= {(name, i): part for i, part in found.items()}
-                while len(self._kept) > _CHUNKS_KEPT:
+                while sum(part.nbytes for part in self._kept.values()) > _KEPT_BYTES and len(self._kept) > 2:
                     self._kept.popitem(last=False)
         return {i: found[i] for i in numbers}
-
-
-class _Column(Sequence[int]):
-    """An array over samples, for bisect: an entry is read when it is asked for."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
-
-    def __len__(self) -> int:
-        return self._store.num_samples
-
-    def __getitem__(self, i: Any) -> Any:
-        return int(self._store.read_rows(self._name, i, i + 1)[0])
 
 
 async def _gather(wanted: Sequence[Coroutine[Any, Any, NDArray[Any]]]) -> list[NDArray[Any]]:

@@ -1,11 +1,13 @@
 """What worker 0 does before the teacher runs: find the store, or plan and create it, and tell the other workers."""
 
+import base64
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import shlex
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -42,11 +44,42 @@ _RECORDED_PACKAGES = ("torch", "transformers", "zarr", "numcodecs", "datasets")
 
 
 class Job(NamedTuple):
-    """What there is to do, the same for all workers: how the teacher is placed, the store, and the missing blocks."""
+    """What there is to do, the same for all workers.
+
+    placement:   how the teacher is placed
+    missing:     the blocks that are not committed yet
+    done_tokens: of the committed ones
+    longest:     the tokens of the longest sample
+    """
 
     placement: Placement
     store: WritableStore
     missing: list[int]
+    done_tokens: int
+    longest: int
+
+    @classmethod
+    def of(cls, placement: Placement, store: WritableStore) -> "Job":
+        """What a store lacks. Worker 0 reads it for all: one that read it later would find less missing."""
+        missing = store.missing_blocks()
+        done = np.delete(store.tokens_per_block(), missing)
+        longest = max(int(lengths.max()) for lengths in store.read_chunks("sample_length"))
+        return cls(placement, store, missing, int(done.sum()), longest)
+
+    def note(self) -> str:
+        """All but the store, as text. The missing blocks are bits: torchrun's store takes 8 MiB, which numbers fill."""
+        there = np.ones(self.store.num_blocks, bool)
+        there[self.missing] = False
+        bits = base64.b85encode(zlib.compress(np.packbits(there).tobytes(), 1)).decode()
+        return json.dumps([astuple(self.placement), bits, self.done_tokens, self.longest])
+
+    @classmethod
+    def of_note(cls, note: str, store: WritableStore) -> "Job":
+        """The job that worker 0 has noted."""
+        placement, bits, done_tokens, longest = json.loads(note)
+        packed = np.frombuffer(zlib.decompress(base64.b85decode(bits)), np.uint8)
+        there = np.unpackbits(packed, count=store.num_blocks).astype(bool)
+        return cls(Placement(*placement), store, np.flatnonzero(~there).tolist(), done_tokens, longest)
 
 
 def find(config: GenerateConfig, device: torch.device) -> tuple[Source, Needs]:
@@ -63,12 +96,12 @@ def plan_job(
     Raises UserError, also where this worker does not see the store that worker 0 has made.
     """
     if grid.rank > 0:
-        if not (told := json.loads(board.wait("job"))):
+        if not (note := board.wait("job")):
             return None
         store = WritableStore.open(config.store.path, config.store.options)
         if store is None or not store.published:
             raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
-        return Job(Placement(*told[0]), store, told[1])
+        return Job.of_note(note, store)
     check_settings(config, source)
     free = min(int(board.wait(f"free memory of {rank}")) for rank in range(grid.world_size))
     placement = _place(config, grid, needs, free, device)
@@ -79,7 +112,7 @@ def plan_job(
         logger.warning("%s lacks parts of its plan: they are written again from the dataset", config.store.path)
         replan(store, *lay_out(config, source, data))
     if store is not None and store.complete:
-        board.note("job", "null")
+        board.note("job", "")
         logger.info("%s is complete already: nothing to do", config.store.path)
         logger.info(summary(store, config))
         return None
@@ -87,9 +120,8 @@ def plan_job(
     logger.info("parallel: %s; %s", placement.describe(grid), arithmetic(needs, free, placement))
     (Path(config.log_dir) / "config.yaml").write_text(to_yaml(config))
     store = store or plan_store(config, source, needs, data, fingerprint)
-    # Worker 0 reads the commits for all. A worker that read them later would find fewer missing, and deal others.
-    job = Job(placement, store, store.missing_blocks())
-    board.note("job", json.dumps([astuple(placement), job.missing]))
+    job = Job.of(placement, store)
+    board.note("job", job.note())
     return job
 
 
@@ -199,7 +231,7 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableS
     return store
 
 
-def lay_out(config: GenerateConfig, source: Source, data: Data) -> tuple[Samples, NDArray[np.int64], plan.Plan]:
+def lay_out(config: GenerateConfig, source: Source, data: Data) -> tuple[Samples, NDArray[np.integer], plan.Plan]:
     """Tokenize the dataset and place the samples: returns the samples, the order in which they lie, and where.
 
     Raises DataError as `tokenize` does, TeacherError where the tokenizer has ids that the model lacks.
@@ -264,7 +296,7 @@ def plan_store(
     return store
 
 
-def replan(store: WritableStore, samples: Samples, order: NDArray[np.int64], layout: plan.Plan) -> None:
+def replan(store: WritableStore, samples: Samples, order: NDArray[Any], layout: plan.Plan) -> None:
     """Write what is missing of a store's plan, as `WritableStore.rewrite_plan` does."""
     if (layout.num_blocks, len(layout.lengths)) != (store.num_blocks, store.num_samples):
         raise StoreError(
@@ -276,7 +308,7 @@ def replan(store: WritableStore, samples: Samples, order: NDArray[np.int64], lay
 
 
 def _contents(
-    samples: Samples, order: NDArray[np.int64], layout: plan.Plan
+    samples: Samples, order: NDArray[Any], layout: plan.Plan
 ) -> tuple[dict[str, NDArray[Any]], Callable[[], Iterator[dict[str, NDArray[Any]]]]]:
     """What the plan writes: the arrays over samples, and tokens and perhaps loss_mask, block by block."""
 

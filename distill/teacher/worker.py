@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill.config import GenerateConfig
-from distill.data.plan import Plan
+from distill.data.plan import batches
 from distill.errors import NumericalError
 from distill.run.board import Board
 from distill.run.watch import Watch
@@ -55,23 +55,20 @@ class Totals:
 class Worker:
     """Does the blocks that are dealt to it.
 
-    missing: the blocks that all workers together are to do; dealt: those of this worker
-    total_tokens: of the whole store; done_tokens: of the blocks that were committed before this run
+    What it holds is of two blocks, however large the store is.
+
+    num_missing: how many blocks all workers together are to do; dealt: those of this worker
     """
 
     def __init__(
         self, config: GenerateConfig, store: WritableStore, teacher: Teacher, board: Board, watch: Watch,
-        missing: list[int], dealt: list[int],
+        num_missing: int, dealt: list[int],
     ) -> None:  # fmt: skip
         self._config, self._store, self._board, self._teacher, self._watch = config, store, board, teacher, watch
-        self._plan = Plan(store.block_rows, store.read_all("sample_start"), store.read_all("sample_length"))
-        self._tokens_per_block = self._plan.tokens_per_block()
-        self.total_tokens = int(self._tokens_per_block.sum())
-        self.done_tokens = self.total_tokens - int(self._tokens_per_block[missing].sum())
         self.totals = Totals()
         self._blocks = dealt
-        there = self._plan.num_blocks - len(missing)
-        logger.info("%d of %d blocks are there; this worker does %d", there, self._plan.num_blocks, len(dealt))
+        there = store.num_blocks - num_missing
+        logger.info("%d of %d blocks are there; this worker does %d", there, store.num_blocks, len(dealt))
 
     def work(self) -> None:
         """Run the teacher over each block. Meanwhile the block before is written and committed."""
@@ -96,10 +93,12 @@ class Worker:
 
     def _forward(self, block: int) -> dict[str, NDArray[Any]]:
         """The captured arrays of one block, up to its last row in use; only fill where another worker captures."""
-        samples = self._plan.samples_of(block)
-        starts = self._plan.starts[samples.start : samples.stop] - block * self._plan.block_rows
-        ends = starts + self._plan.lengths[samples.start : samples.stop]
-        tokens = self._store.read_rows("tokens", *(block * self._plan.block_rows + np.array([0, ends[-1]])))
+        samples = self._store.samples_of(block)
+        lengths = self._store.read_rows("sample_length", samples.start, samples.stop)
+        first = block * self._store.block_rows
+        starts = self._store.read_rows("sample_start", samples.start, samples.stop) - first
+        ends = starts + lengths
+        tokens = self._store.read_rows("tokens", first, first + int(ends[-1]))
         k, num_temperatures = self._config.capture.k, len(self._config.capture.temperatures)
         arrays = {
             "target_ids": np.full((ends[-1], k), -1, np.int32),
@@ -107,13 +106,13 @@ class Worker:
             "logsumexp": np.full((ends[-1], num_temperatures), np.nan, np.float32),
             "tail_logprob": np.full((ends[-1], num_temperatures), np.nan, np.float16),
         }
-        for batch in self._plan.batches(block, self._config.batch.max_tokens, self._teacher.rope_switch):
+        for batch in batches(lengths, self._config.batch.max_tokens, self._teacher.rope_switch):
             self._watch.beat()
-            rows = [np.arange(starts[i - samples.start], ends[i - samples.start]) for i in batch]
+            rows = [np.arange(starts[i], ends[i]) for i in batch]
             captured = self._teacher.capture([tokens[span] for span in rows], k, self._config.capture.temperatures)
             if captured is None:
                 continue
-            self._check_finite(captured, batch)
+            self._check_finite(captured, batch + samples.start, lengths[batch])
             at = np.concatenate(rows)
             arrays["target_ids"][at] = captured.target_ids.numpy()
             arrays["target_logprobs"][at] = round_logprobs(captured.target_logprobs.numpy())
@@ -126,26 +125,25 @@ class Worker:
             self._board.add("tokens", len(at))
         return arrays
 
-    def _check_finite(self, captured: Captured, batch: list[int]) -> None:
-        """Raise NumericalError at the first row whose logits are NaN or infinite."""
+    def _check_finite(self, captured: Captured, samples: NDArray[np.int64], lengths: NDArray[np.int32]) -> None:
+        """Raise NumericalError at the first row whose logits are NaN or infinite, of these samples of these lengths."""
         bad = torch.nonzero(~captured.logsumexp.isfinite().all(dim=1))
         if not len(bad):
             return
-        position = int(bad[0])
-        for sample in batch:
-            if position < self._plan.lengths[sample]:
-                example = self._store.read_rows("sample_index", sample, sample + 1)[0]
-                raise NumericalError(
-                    f"the teacher's logits are NaN or infinite at position {position} of sample {sample} "
-                    f"(example {example} of the dataset); expected finite ones. Nothing of its block was written"
-                )
-            position -= int(self._plan.lengths[sample])
+        ends = np.cumsum(lengths)
+        at = int(np.searchsorted(ends, int(bad[0]), "right"))
+        sample, position = int(samples[at]), int(bad[0]) - int(ends[at] - lengths[at])
+        example = self._store.read_rows("sample_index", sample, sample + 1)[0]
+        raise NumericalError(
+            f"the teacher's logits are NaN or infinite at position {position} of sample {sample} "
+            f"(example {example} of the dataset); expected finite ones. Nothing of its block was written"
+        )
 
     def _write(self, block: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Write the block's arrays, then its commit."""
         for name in CAPTURED:
             self._store.write_rows(name, block, arrays[name])
-        num_rows = int(self._tokens_per_block[block])
+        num_rows = len(arrays["target_ids"])  # samples follow each other without gaps
         self._store.commit(block, num_rows)
         self._board.add("tokens written", num_rows)
         self._board.add("bytes written", self._store.block_bytes(block, [*CAPTURED, "tokens"]))

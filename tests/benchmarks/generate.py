@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> None:
         assert store is not None
         missing = store.missing_blocks()
         board, grid = Board(store_of(Grid())), Grid()
-        Worker(config, store, teacher, board, Watch(board, grid, 600, print), missing, missing).work()
+        Worker(config, store, teacher, board, Watch(board, grid, 600, print), len(missing), missing).work()
 
     others: dict[str, Callable[[], None]] = {
         "bare": lambda: bare(model, planned, 1024 if device.type == "cpu" else config.batch.max_tokens),

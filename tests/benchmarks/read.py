@@ -6,7 +6,7 @@ Half a million made-up tokens, K = 64: samples of 50 to 1000 tokens, ids with Zi
 fall with the rank, rounded as in a store. One epoch of batches of 8 with 2 DataLoader workers, starting them included:
 the store in turn with each of the others, `rounds` times after one to warm up; medians of the ratios within a round.
 
-store     TeacherCache(...).shuffled(8). Blocks of 65536 rows are what stores of 4 million tokens and more have
+store     TeacherCache(...).shuffled(8). Blocks of 65536 rows are what stores of 4 million to a billion tokens have
 memmap    a file per array, read with np.memmap
 hdf5      h5py: for each sample a group of datasets with gzip
 lists     Hugging Face datasets: a row per sample, [T, K] as lists of lists, read as NumPy arrays. Only for an eighth of

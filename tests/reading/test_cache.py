@@ -170,7 +170,7 @@ def test_unfinished_stores(copied: Path) -> None:
 
 def test_damage_is_named(copied: Path) -> None:
     first = TeacherCache(str(copied))
-    in_block_1 = next(i for i in range(len(first)) if first._index.starts[i] >= 512)
+    in_block_1 = next(i for i in range(len(first)) if first._index.rows(i)[0] >= 512)
     shard = copied / "target_ids" / "c" / "1" / "0"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import zarr
 
+from distill.data.plan import Plan
 from distill.errors import StoreError
 from distill.store.store import Store
 from distill.store.writable import WritableStore
-from tests.support import open_raw, tree
+from tests.support import open_raw, planned_store, tree
 
 ATTRIBUTES = {"k": 5, "temperatures": [1.0, 2.0], "block_rows": 32, "num_blocks": 3, "num_samples": 7}
 
@@ -57,6 +58,41 @@ def test_what_is_written_is_read(tmp_path, codec):
     assert again.tokens_per_block().tolist() == [20, 20, 20]
     assert [again.samples_of(block) for block in range(3)] == [range(2), range(2, 4), range(4, 7)]
     assert again.block_bytes(1, ["target_logprobs"]) == (tmp_path / "x.zarr/target_logprobs/c/1/0").stat().st_size
+
+
+def test_the_samples_of_a_block_are_found_in_a_few_chunks(tmp_path, monkeypatch):
+    """However many samples there are: beside a search in all of them."""
+    monkeypatch.setattr("distill.store.codecs._SAMPLE_CHUNK", 4)
+    random = np.random.default_rng(0)
+    for number, count in enumerate((1, 4, 5, 300)):
+        starts = np.sort(random.choice(32 * 90, count, replace=False))
+        starts[0] = 0
+        lengths = np.diff(starts, append=starts[-1] + 1).astype(np.int32)  # across blocks: the table is all that counts
+        store = planned_store(tmp_path / f"{number}.zarr", Plan(32, starts, lengths), num_blocks=90)
+        store.publish()
+        assert (store.num_blocks, store.num_samples) == (90, count)
+        expected = np.bincount(starts // 32, weights=lengths, minlength=90)
+        assert store.tokens_per_block().tolist() == expected.tolist()
+        read: list[tuple[str, int, int]] = []
+        monkeypatch.setattr(Store, "read_rows", spying(read))
+        for block in [*range(90), 0, 89, 44, *random.integers(90, size=50)]:
+            read.clear()
+            expected = np.flatnonzero(starts // 32 == block)
+            assert list(store.samples_of(int(block))) == expected.tolist()
+            assert all(stop - start <= 4 for _, start, stop in read)
+        assert len(read) <= 2  # the first of each chunk is known by now
+        monkeypatch.undo()
+        monkeypatch.setattr("distill.store.codecs._SAMPLE_CHUNK", 4)
+
+
+def spying(read):
+    plain = Store.read_rows
+
+    def read_rows(self, name, start, stop):
+        read.append((name, start, stop))
+        return plain(self, name, start, stop)
+
+    return read_rows
 
 
 def test_tensorstore_reads_the_same(tmp_path):
