@@ -1,6 +1,6 @@
 """Show what a store holds, or what training runs have measured, at a glance.
 
-    python -m distill.inspect outputs/demo.zarr [store.options.KEY=VALUE ...]
+    python -m distill.inspect outputs/demo.zarr [CONFIG.yaml ...] [store.options.KEY=VALUE ...]
     python -m distill.inspect outputs/student [outputs/other ...]              # held-out figures, side by side
 
 Of a store: what it holds and how complete it is, from which teacher, the size of each array, and some rows in words:
@@ -25,7 +25,10 @@ from distill.student.metrics import is_run, side_by_side
 from distill.teacher.source import local_tokenizer
 from distill.teacher.summary import human, mean_kept_mass, table
 
-_USAGE = "usage: python -m distill.inspect STORE [store.options.KEY=VALUE ...], or the folders of training runs"
+_USAGE = (
+    "usage: python -m distill.inspect STORE [CONFIG.yaml ...] [store.options.KEY=VALUE ...], "
+    "or the folders of training runs"
+)
 _SHOWN_ROWS = 8
 _SHOWN_IDS = 5
 
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0
     try:
-        settings = [argument for argument in arguments if argument.startswith("store.options.")]
+        settings = [argument for argument in arguments if argument.startswith("store.options") or _is_yaml(argument)]
         paths = [expand(argument, "STORE") for argument in arguments if argument not in settings]
         folders = [Path(path) for path in paths]
         if folders and not settings and all(map(is_run, folders)):
@@ -50,6 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_yaml(argument: str) -> bool:
+    return argument.endswith((".yaml", ".yml")) and "://" not in argument
 
 
 def describe(store: Store) -> str:
