@@ -19,7 +19,7 @@ from distill.config import GenerateConfig
 from distill.data.show import marked
 from distill.errors import ConfigError, UserError
 from distill.run.log import adapt_to_machine
-from distill.settings import expand, load
+from distill.settings import expand, load, split
 from distill.store.store import Store
 from distill.student.metrics import is_run, side_by_side
 from distill.teacher.source import local_tokenizer
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0
     try:
-        settings = [argument for argument in arguments if argument.startswith("store.options") or _is_yaml(argument)]
-        paths = [expand(argument, "STORE") for argument in arguments if argument not in settings]
+        settings, paths = split(arguments, "store.options")
+        paths = [expand(path, "STORE") for path in paths]
         folders = [Path(path) for path in paths]
         if folders and not settings and all(map(is_run, folders)):
             print(side_by_side(folders))
@@ -53,10 +53,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _is_yaml(argument: str) -> bool:
-    return argument.endswith((".yaml", ".yml")) and "://" not in argument
 
 
 def describe(store: Store) -> str:

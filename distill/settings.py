@@ -78,6 +78,19 @@ def load(kind: type[Config], arguments: Sequence[str]) -> Config:
     return typing.cast(Config, _build(kind, values))
 
 
+def split(arguments: Sequence[str], *keys: str) -> tuple[list[str], list[str]]:
+    """What `load` takes among the arguments of a command that names a store, and the others.
+
+    That is YAML files, and key=value for keys that begin with one of `keys`.
+    """
+    settings = [
+        argument
+        for argument in arguments
+        if argument.startswith(keys) or (argument.endswith((".yaml", ".yml")) and "://" not in argument)
+    ]
+    return settings, [argument for argument in arguments if argument not in settings]
+
+
 def expand(path: str, name: str) -> str:
     """The path with a home folder in place of a leading ~ or ~user. A URL, or an id of the hub, is as it was.
 
