@@ -118,7 +118,9 @@ class CacheConfig:
     """Which store is read."""
 
     path: str = key("outputs/demo.zarr", "folder, or URL of an object store (s3://bucket/name)", path=True)
-    options: dict[str, str | dict[str, Any]] = key({}, "options of the object store (needs the extra distill[s3])")
+    options: dict[str, str | dict[str, Any]] = key(
+        {}, "options of the object store (needs the extra distill[s3]); credentials in YAML files only", secret=True
+    )
 
 
 @dataclass(frozen=True)

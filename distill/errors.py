@@ -10,16 +10,22 @@ DistillError
 ├── ReaderError        a process that reads batches is gone: exit status 1
 └── PeerError          other workers hang or are gone: exit status 1
 
-A message says what was expected, what was found, and where: key, file, sample or block.
+A message says what was expected, what was found, and where: key, file, sample or block. No credential is in it.
 """
 
 import re
+from typing import Any
+
+from distill.credentials import hide
 
 _ADVICE = re.compile("pip install|You need to|must have access|is restricted|log in|trust_remote_code", re.IGNORECASE)
 
 
 class DistillError(Exception):
     """Base of the errors below."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(hide(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class UserError(DistillError, ValueError):
@@ -62,8 +68,10 @@ def first_line(error: BaseException) -> str:
     """What another library's error says, in one line: its first line, and the sentence that says what to do.
 
     That is one about a package, a permission or a login. An error without text, or with a bare key, is named.
+    Credentials are hidden, also in `error` itself, which a traceback shows as the cause of ours.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    error.args = tuple(hide(arg) if isinstance(arg, str) else arg for arg in error.args)
+    lines = [line.strip() for line in hide(str(error)).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     first = f"{type(error).__name__}: {lines[0]}" if isinstance(error, LookupError) else lines[0]

@@ -1,6 +1,6 @@
 """Show what a store holds, or what training runs have measured, at a glance.
 
-    python -m distill.inspect outputs/demo.zarr [store.options.KEY=VALUE ...]
+    python -m distill.inspect outputs/demo.zarr [CONFIG.yaml ...] [store.options.KEY=VALUE ...]
     python -m distill.inspect outputs/student [outputs/other ...]              # held-out figures, side by side
 
 Of a store: what it holds and how complete it is, from which teacher, the size of each array, and some rows in words:
@@ -19,13 +19,16 @@ from distill.config import GenerateConfig
 from distill.data.show import marked
 from distill.errors import ConfigError, UserError
 from distill.run.log import adapt_to_machine
-from distill.settings import expand, load
+from distill.settings import expand, load, split
 from distill.store.store import Store
 from distill.student.metrics import is_run, side_by_side
 from distill.teacher.source import local_tokenizer
 from distill.teacher.summary import human, mean_kept_mass, table
 
-_USAGE = "usage: python -m distill.inspect STORE [store.options.KEY=VALUE ...], or the folders of training runs"
+_USAGE = (
+    "usage: python -m distill.inspect STORE [CONFIG.yaml ...] [store.options.KEY=VALUE ...], "
+    "or the folders of training runs"
+)
 _SHOWN_ROWS = 8
 _SHOWN_IDS = 5
 
@@ -37,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0
     try:
-        settings = [argument for argument in arguments if argument.startswith("store.options.")]
-        paths = [expand(argument, "STORE") for argument in arguments if argument not in settings]
+        settings, paths = split(arguments, "store.options")
+        paths = [expand(path, "STORE") for path in paths]
         folders = [Path(path) for path in paths]
         if folders and not settings and all(map(is_run, folders)):
             print(side_by_side(folders))

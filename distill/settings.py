@@ -12,16 +12,20 @@ mappings        also key by key: store.options.region=eu
 paths           a leading ~ or ~user is a home folder; URLs stay as they are
 
 There is no interpolation: on a command line the shell fills in variables.
+
+The values below a secret key are never shown. What may be a credential is refused on a command line, which everybody on
+the machine can read.
 """
 
-import contextlib
 import difflib
-import math
+import functools
+import hashlib
+import json
+import operator
 import os
 import re
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,23 +33,27 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
-from distill.errors import ConfigError, first_line
+from distill.credentials import has_password, is_credential, leaves
+from distill.errors import ConfigError
+from distill.values import Dumper, Loader, Typed, problem, read, type_name
 
 Config = TypeVar("Config")
 
-_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
-_NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_WHERE = "set it in the environment (as AWS_SECRET_ACCESS_KEY is), or below store.options in a YAML file"
 
 
-def key(default: Any, help: str, choices: Sequence[str] = (), least: int | None = None, path: bool = False) -> Any:
+def key(
+    default: Any, help: str, choices: Sequence[str] = (), least: int | None = None, path: bool = False,
+    secret: bool = False,
+) -> Any:  # fmt: skip
     """A configuration key: its default and its line of --help.
 
     choices: the values it may have, if they can be listed. least: the least number it may be, beside the choices.
-    path: whether it holds a path, or a list of them.
+    path: whether it holds a path, or a list of them. secret: whether it is a mapping whose values are never shown.
     """
-    metadata = {"help": help, "choices": tuple(choices), "least": least, "path": path}
+    metadata = {"help": help, "choices": tuple(choices), "least": least, "path": path, "secret": secret}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return field(default_factory=lambda: type(default)(default), metadata=metadata, repr=not secret)
     return field(default=default, metadata=metadata)
 
 
@@ -63,18 +71,34 @@ def load(kind: type[Config], arguments: Sequence[str]) -> Config:
     for pair in arguments:
         if pair not in files:
             name, _, text = pair.partition("=")
-            found.append(_value(known, *_nested(name, _Typed(text), known), origin=""))
+            found.append(_value(known, *_nested(name, Typed(text), known), origin=""))
     values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge({}, *found), resolve=True))
     for name, value in values.items():
         _check(name, value, **known[name].metadata)
     return typing.cast(Config, _build(kind, values))
 
 
+def split(arguments: Sequence[str], *keys: str) -> tuple[list[str], list[str]]:
+    """What `load` takes among the arguments of a command that names a store, and the others.
+
+    That is YAML files, and key=value for keys that begin with one of `keys`.
+    """
+    settings = [
+        argument
+        for argument in arguments
+        if argument.startswith(keys) or (argument.endswith((".yaml", ".yml")) and "://" not in argument)
+    ]
+    return settings, [argument for argument in arguments if argument not in settings]
+
+
 def expand(path: str, name: str) -> str:
     """The path with a home folder in place of a leading ~ or ~user. A URL, or an id of the hub, is as it was.
 
-    name: of the key. Raises ConfigError where there is no such home folder: no folder named ~ should be made.
+    name: of the key. Raises ConfigError where there is no such home folder: no folder named ~ should be made. It raises
+    it for a URL with a password too: paths are shown and logged.
     """
+    if has_password(path):
+        raise ConfigError(f"{name}: expected a URL without user:password@, found one; {_WHERE}")
     expanded = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111 (Path raises RuntimeError)
     if expanded.startswith("~"):
         raise ConfigError(f"{name}: expected a home folder for {path.partition('/')[0]}, found none (in {path})")
@@ -82,19 +106,36 @@ def expand(path: str, name: str) -> str:
 
 
 def to_yaml(config: Any) -> str:
-    """The configuration as YAML that `load` reads back."""
-    return str(yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False))
+    """The configuration as YAML that `load` reads back, but for secret keys: a comment names what is left out."""
+    content, comment = asdict(config), ""
+    for name, value in _values(config, secret=True):
+        *sections, last = name.split(".")
+        functools.reduce(operator.getitem, sections, content).pop(last)
+        if value:
+            names = json.dumps([below for below, _ in leaves(value)])
+            comment += f"# {name} is left out, as its values may be credentials: {names}\n"
+    return comment + str(yaml.dump(content, Dumper=Dumper, sort_keys=False))
 
 
 def flat(config: Any) -> dict[str, str]:
-    """Every key of a configuration, with its value as text."""
-    found = {}
-    for name, _ in _leaves(type(config)):
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        found[name] = str(value)
-    return found
+    """Every key of a configuration that is not secret, with its value as text."""
+    return {name: str(value) for name, value in _values(config, secret=False)}
+
+
+def secret_digests(config: Any, salt: str) -> dict[str, str]:
+    """Every value below the secret keys of a configuration, as a hash with `salt`: to be compared, not to be shown."""
+    return {
+        f"{name}.{below}": hashlib.sha256(f"{salt} {part!r}".encode()).hexdigest()
+        for name, value in _values(config, secret=True)
+        for below, part in leaves(value)
+    }
+
+
+def _values(config: Any, secret: bool) -> Iterator[tuple[str, Any]]:
+    """The dotted names and the values of the keys that are secret, or of those that are not."""
+    for name, leaf in _leaves(type(config)):
+        if leaf.metadata["secret"] == secret:
+            yield name, functools.reduce(getattr, name.split("."), config)
 
 
 def help_text(kind: type, command: str) -> str:
@@ -114,56 +155,6 @@ def help_text(kind: type, command: str) -> str:
     return "\n".join(lines)
 
 
-class _Unquoted(str):
-    """A word of a YAML file that YAML takes for a number, a boolean or a date, as it is written there."""
-
-    hint = ""
-    """What YAML takes it for, and what to do if it is meant as text."""
-
-
-class _Typed(str):
-    """What was typed on a command line: text, unless its key says otherwise."""
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads YAML, and leaves to the type of a key what a word means."""
-
-    typed = False
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
-
-    def word(self, node: Any) -> str:
-        """A plain word that is not simply text."""
-        if self.typed:
-            return _Typed(node.value)
-        found = _Unquoted(node.value)
-        with contextlib.suppress(ValueError):  # no such date
-            meaning = yaml.SafeLoader.yaml_constructors[node.tag](self, node)
-            found.hint = f", which YAML takes for the {type(meaning).__name__} {meaning}: quote it, '{found}'"
-        return found
-
-
-class _TypedLoader(_Loader):
-    """The same for what was typed on a command line."""
-
-    typed = True
-
-
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes YAML, and quotes what `_Loader` would not take for text."""
-
-
-for _tag in ("int", "float", "bool", "timestamp"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.word)
-for _handler in (_Loader, _Dumper):  # 3e-4 and 1e10 are numbers, though not in YAML 1.1
-    _handler.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{_NUMBER.pattern}$"), list("-+.0123456789"))
-
-
 def _is_file(argument: str, known: Mapping[str, Any]) -> bool:
     """Whether an argument names a YAML file, whose folders may have a = in their names, and is no key=value."""
     name, equals, _ = argument.partition("=")
@@ -177,9 +168,9 @@ def _read_file(file: str) -> Mapping[Any, Any]:
     if not path.is_file():
         raise ConfigError(f"{file}: no such file (expected CONFIG.yaml or key=value; --help lists the keys)")
     try:
-        content = yaml.load(path.read_bytes(), _Loader)
+        content = yaml.load(path.read_bytes(), Loader)
     except Exception as error:  # whatever the YAML parser or the file system raises
-        raise ConfigError(f"{file}: not readable as YAML: {_problem(error)}") from error
+        raise ConfigError(f"{file}: not readable as YAML: {problem(error)}") from None  # it quotes the file
     if not isinstance(content, Mapping | None):
         raise ConfigError(f"{file}: expected a mapping of keys to values, found a {type(content).__name__}")
     return content or {}
@@ -188,20 +179,34 @@ def _read_file(file: str) -> Mapping[Any, Any]:
 def _value(known: Mapping[str, Any], name: str, found: Any, origin: str) -> dict[str, Any]:
     """{name: value} of a key, for OmegaConf to merge: mappings key by key. origin: of the value, for messages."""
     if any(key.startswith(f"{name}.") for key in known):
-        raise ConfigError(f"{origin}{name}: expected keys below it ({name}.<key>), found {found!r}")
+        raise ConfigError(f"{origin}{name}: expected keys below it ({name}.<key>), found a value")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
             key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]
         ]
         hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
         raise ConfigError(f"{origin}unknown key {name}; {hint}")
-    value = _read(f"{origin}{name}", known[name].type, found)
+    read_as = _read_secret if known[name].metadata["secret"] else read
+    value = read_as(f"{origin}{name}", known[name].type, found)
+    if not origin and known[name].metadata["secret"]:
+        for below in (below for below, part in leaves(value) if is_credential(below, part)):
+            raise ConfigError(f"{name}.{below}: expected no credential on a command line, found one; {_WHERE}")
     if value == "":
-        raise ConfigError(f"{origin}{name}: expected {_type_name(known[name].type)}, found nothing")
+        raise ConfigError(f"{origin}{name}: expected {type_name(known[name].type)}, found nothing")
     if known[name].metadata["path"] and value is not None:
         paths = [expand(path, f"{origin}{name}") for path in ([value] if isinstance(value, str) else value)]
         value = paths[0] if isinstance(value, str) else paths
     return {name: _escaped(value)}
+
+
+def _read_secret(name: str, kind: Any, found: Any) -> Any:
+    """As `read`, with errors that do not show the value."""
+    try:
+        return read(name, kind, found)
+    except ConfigError as error:
+        expected = str(error).partition(", found ")[0]
+        hint = "text that YAML takes for a number, a boolean or a date has to be quoted"
+        raise ConfigError(f"{expected}, found another value (hidden); {hint}") from None
 
 
 def _nested(name: str, found: Any, known: Mapping[str, Any]) -> tuple[str, Any]:
@@ -223,63 +228,6 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     return value
-
-
-def _read(name: str, kind: Any, found: Any) -> Any:
-    """What `found` means for a key of this name and type. It comes from a YAML file, or was typed.
-
-    Raises ConfigError for a value of another type.
-    """
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    parts = {typing.get_origin(option): typing.get_args(option) for option in kinds}
-    if kind is Any:
-        return _read_any(name, found)
-    if types.NoneType in kinds and (found is None or (isinstance(found, _Typed) and found == "null")):
-        return None
-    if isinstance(found, list) and list in parts:
-        return [_read(name, parts[list][0], part) for part in found]
-    if isinstance(found, dict) and dict in parts:
-        return {str(below): _read(f"{name}.{below}", parts[dict][1], value) for below, value in found.items()}
-    is_text = str in kinds and not (list in parts and isinstance(found, str) and found[:1] + found[-1:] == "[]")
-    if isinstance(found, _Typed) and {list, dict} & {*parts} and not is_text:
-        content = _parse(name, found, _TypedLoader)
-        if isinstance(content, list | dict):
-            return _read(name, kind, content)
-    elif isinstance(found, str):
-        if int in kinds and _INTEGER.fullmatch(found):
-            return int(found)
-        if float in kinds and _NUMBER.fullmatch(found) and math.isfinite(float(found)):
-            return float(found)
-        if bool in kinds and found.lower() in ("true", "false"):
-            return found.lower() == "true"
-        if str in kinds and not isinstance(found, _Unquoted):
-            return str(found)
-    shown = "null" if found is None else found if isinstance(found, _Unquoted) else repr(found)
-    hint = found.hint if isinstance(found, _Unquoted) and str in kinds else ""
-    raise ConfigError(f"{name}: expected {_type_name(kind)}, found {shown}{hint}")
-
-
-def _read_any(name: str, found: Any) -> Any:
-    """A value of no particular type: what YAML makes of it, where a number or a boolean is written as in JSON."""
-    if isinstance(found, _Typed):
-        found = _parse(name, found, _Loader)
-    if isinstance(found, list):
-        return [_read_any(name, part) for part in found]
-    if isinstance(found, dict):
-        return {str(below): _read_any(f"{name}.{below}", value) for below, value in found.items()}
-    if not isinstance(found, _Unquoted):
-        return found
-    for kind in (int, float, bool):
-        with contextlib.suppress(ConfigError):
-            return _read(name, kind, found)
-    raise ConfigError(f"{name}: expected text, a number, true or false, found {found}{found.hint}")
-
-
-def _parse(name: str, text: str, loader: type[_Loader]) -> Any:
-    try:
-        return yaml.load(text, loader)
-    except Exception as error:  # whatever the YAML parser raises
-        raise ConfigError(f"{name}: expected YAML, found {str(text)!r}: {_problem(error)}") from error
 
 
 def _check(name: str, value: Any, choices: tuple[str, ...], least: int | None, **_: Any) -> None:
@@ -324,21 +272,3 @@ def _flatten(content: Any, known: Mapping[str, Any], prefix: str = "") -> list[t
         else:
             found.append((name, value))
     return found
-
-
-def _type_name(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join("null" if part is type(None) else _type_name(part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is list:
-        return f"a list of {_type_name(typing.get_args(kind)[0])}"
-    if typing.get_origin(kind) is dict:
-        return "a mapping"
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", Any: "a value"}
-    return names.get(kind, str(kind))
-
-
-def _problem(error: BaseException) -> str:
-    """What a YAML parser says, in one line, with the place; any other error's first line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem} (line {error.problem_mark.line + 1})"
-    return first_line(error)

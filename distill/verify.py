@@ -1,13 +1,16 @@
 """Check that a store is whole, and that every row of it is what the teacher said and the plan wrote.
 
-    python -m distill.verify outputs/demo.zarr [store.options.KEY=VALUE ...]
+    python -m distill.verify outputs/demo.zarr [CONFIG.yaml ...] [store.options.KEY=VALUE ...]
     python -m distill.verify outputs/demo.zarr --repair     # take back what is damaged; generate then makes it again
+    python -m distill.verify outputs/demo.zarr --teacher [teacher.model=FOLDER] [teacher.device=cpu]
 
 Every checksum of every chunk is computed again, and every rule of docs/format.md is checked. Exit status: 0 the store
 is complete and sound, 1 it is not, 2 bad usage or no store.
 
 --repair   restore damaged metadata from the copy that a store has of it, remove the commits of damaged blocks, and
            damaged chunks of the plan. The same distill.generate command as before then makes just these again
+--teacher  of a sound store: run its teacher again on some batches, and compare. teacher.model: where it is now, if not
+           where it was
 """
 
 import os
@@ -21,13 +24,14 @@ from tqdm import tqdm
 from distill.config import GenerateConfig
 from distill.errors import ConfigError, DistillError, UserError
 from distill.run.log import adapt_to_machine
-from distill.settings import expand, load
+from distill.settings import expand, load, split
 from distill.store.repair import restore_metadata, take_back
 from distill.store.soundness import BlockCheck, Problem, block_problems, metadata_problems, plan_problems
 from distill.store.store import Store
 
-_USAGE = "usage: python -m distill.verify STORE [--repair] [store.options.KEY=VALUE ...]"
-_FLAGS = ("--repair",)
+_USAGE = "usage: python -m distill.verify STORE [--repair | --teacher] [CONFIG.yaml ...] [store.options.KEY=VALUE ...]"
+_FLAGS = ("--repair", "--teacher")
+_OF_TEACHERS = ("teacher.model", "teacher.device", "teacher.trust_remote_code")
 _SHOWN = 50
 _ROWS_WORTH_A_PROCESS = 1 << 20
 
@@ -39,15 +43,28 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{_USAGE}\n\n{__doc__}")
         return 0
     try:
-        settings = [argument for argument in arguments if argument.startswith("store.options.")]
-        paths = [argument for argument in arguments if argument not in (*settings, *_FLAGS)]
+        settings, others = split(arguments, "store.options", *_OF_TEACHERS)
+        paths = [expand(argument, "STORE") for argument in others if argument not in _FLAGS]
         if len(paths) != 1 or paths[0].startswith("-"):
             raise ConfigError(f"expected one store, found {len(paths)} ({' '.join(paths)}); {_USAGE}")
-        options = load(GenerateConfig, settings).store.options
-        return verify(expand(paths[0], "STORE"), options, repair="--repair" in arguments)
+        config = load(GenerateConfig, settings)
+        status = verify(paths[0], config.store.options, repair="--repair" in arguments)
+        return ask_teacher(paths[0], config) if "--teacher" in arguments and status == 0 else status
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+
+
+def ask_teacher(path: str, config: GenerateConfig) -> int:
+    """Print how far a store is from what its teacher says; return the exit status, 0 or 1."""
+    from distill.teacher.audit import audit, report  # takes seconds
+
+    moved = None if config.teacher.model == GenerateConfig().teacher.model else config.teacher.model
+    with tqdm(desc="teacher", unit="tok", unit_scale=True, delay=1.0) as bar:
+        store, teacher = Store.existing(path, config.store.options), config.teacher
+        found = audit(store, moved, teacher.device, teacher.trust_remote_code, progress=bar.update)
+    print(report(found))
+    return 0 if found.ok else 1
 
 
 def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:

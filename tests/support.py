@@ -237,6 +237,37 @@ def generate(
         return subprocess.CompletedProcess(command(None, arguments), process.exitcode, out.read(), err.read())
 
 
+def generate_here(folder: Path, *arguments: str, models: dict[str, Any] | None = None) -> Path:
+    """What distill.generate does, by one worker, in this process. Returns the path of the store, which is in `folder`.
+
+    models: keeps teachers that are loaded, by the name of their folder
+    """
+    from distill.config import GenerateConfig
+    from distill.run.board import Board
+    from distill.run.grid import Grid
+    from distill.run.watch import Watch
+    from distill.settings import load as load_settings
+    from distill.teacher.loading import load
+    from distill.teacher.model import Teacher
+    from distill.teacher.prepare import find, plan_job
+    from distill.teacher.worker import Worker
+
+    config = load_settings(GenerateConfig, [*arguments, f"log_dir={folder}"])
+    device, grid, board = torch.device("cpu"), Grid(), Board(torch.distributed.HashStore())
+    source, needs = find(config, device)
+    board.note("free memory of 0", str(1 << 40))
+    job = plan_job(config, grid, board, source, needs, device)
+    if job is not None:
+        models = {} if models is None else models
+        if config.teacher.model not in models:
+            model, share = load(source, device, job.placement, needs, None, folder / "offload")
+            models[config.teacher.model] = Teacher(model, device, share)
+        watch = Watch(board, grid, 600.0, lambda error: None)
+        Worker(config, job.store, models[config.teacher.model], board, watch, job.missing, job.missing).work()
+        job.store.mark_complete()
+    return Path(config.store.path)
+
+
 def wait_for(happened: Callable[[], object], said: Callable[[], object] = str, seconds: float = 120) -> None:
     """Until `happened` returns something true; fails after so many seconds, with what `said` returns."""
     deadline = time.monotonic() + seconds

@@ -2,6 +2,8 @@
 
 Worker 0 logs plain lines to the console, which do not break its progress bar. Every worker also logs to
 ``<log_dir>/worker_<rank>.log``. Workers 1+ write nowhere else: even what they print goes to that file.
+
+Credentials are hidden in log records and in tracebacks.
 """
 
 import io
@@ -9,11 +11,15 @@ import logging
 import os
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 from tqdm import tqdm
 
+from distill.credentials import hide
 from distill.errors import ConfigError, UserError
 from distill.settings import expand
 
@@ -35,7 +41,7 @@ def open_log(folder: str, name: str, rank: int, on_record: Callable[[], None]) -
         file = _LogFile(path, on_record)
     except OSError as error:
         raise UserError(f"log_dir: cannot write to {folder}: {error.strerror}") from error
-    file.setFormatter(logging.Formatter(_LINE, defaults={"rank": rank}))
+    file.setFormatter(_Formatter(_LINE, defaults={"rank": rank}))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(file)
@@ -59,7 +65,13 @@ def adapt_to_machine() -> None:
     """Let print escape what an ASCII console cannot show; let caches be in the temporary folder if there is no home.
 
     Before other libraries are imported: without a home, as containers may be, they would make a folder named ~.
+    From now on the traceback of an error that nobody catches, in any thread, hides credentials, and so do log records
+    for which no log is open yet.
     """
+    assert logging.lastResort is not None
+    logging.lastResort.setFormatter(_Formatter())
+    sys.excepthook = _show
+    threading.excepthook = lambda found: _show(found.exc_type, found.exc_value, found.exc_traceback)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -77,7 +89,19 @@ def end_of_log(log: Path, start: int = 0) -> str:
             tail = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
     except OSError as error:
         tail = [f"(unreadable: {error.strerror})"]
-    return "\n".join([f"the end of its log, {log.absolute()}:", *(f"  {line}" for line in tail or ["(empty)"])])
+    return hide("\n".join([f"the end of its log, {log.absolute()}:", *(f"  {line}" for line in tail or ["(empty)"])]))
+
+
+def _show(kind: type[BaseException], error: BaseException | None, where: TracebackType | None) -> None:
+    if not issubclass(kind, SystemExit):  # which ends a thread without a word
+        print(hide("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)
+
+
+class _Formatter(logging.Formatter):
+    """Hides credentials in records, and in the tracebacks below them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
 
 
 class _LogFile(logging.FileHandler):
@@ -101,4 +125,4 @@ class _Console(logging.Handler):
         shown = getattr(record, "console", True) if ours else record.name != "py.warnings"
         if shown and (ours or record.levelno >= logging.WARNING):
             prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-            tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+            tqdm.write(prefix + hide(record.getMessage()), file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any
 from distill.errors import UserError
 from distill.run.board import Board
 from distill.run.grid import Grid
-from distill.settings import flat
+from distill.settings import flat, secret_digests
 
 _PACKAGES = ("distill", "torch", "transformers", "zarr", "numcodecs", "datasets")
 PROBE = ".distill-"
@@ -34,12 +34,16 @@ def check_nodes(grid: Grid, board: Board, config: Any, folder: str) -> None:
     facts = {name: importlib.metadata.version(name) for name in _PACKAGES} | flat(config)
     at = Path(folder).absolute()  # on this node
     if grid.rank > 0:
-        theirs, probe = json.loads(board.wait("facts of worker 0")), board.wait("probe of worker 0")
+        theirs, salt, their_secrets = json.loads(board.wait("facts of worker 0"))
+        probe, our_secrets = board.wait("probe of worker 0"), secret_digests(config, salt)
         found = [
             f"{name}: worker 0 has {theirs.get(name)}, this node {ours}"
             for name, ours in facts.items()
             if ours != theirs.get(name)
         ]
+        for name in sorted({*their_secrets, *our_secrets}):
+            if their_secrets.get(name) != our_secrets.get(name):
+                found.append(f"{name}: worker 0 has another value than this node (both are hidden)")
         if probe and not _appears(_join(at, probe)):
             found.append(
                 f"{folder}: worker 0 wrote a file in it or above it, which this node ({at}) does not see; "
@@ -50,7 +54,8 @@ def check_nodes(grid: Grid, board: Board, config: Any, folder: str) -> None:
         probe = "" if "://" in folder else _probe(at)
         if probe:
             _join(at, probe).touch()
-        board.note("facts of worker 0", json.dumps(facts))
+        salt = secrets.token_hex(16)
+        board.note("facts of worker 0", json.dumps([facts, salt, secret_digests(config, salt)]))
         board.note("probe of worker 0", probe)
         try:
             verdicts = [json.loads(board.wait(f"verdict of node {node}")) for node in range(1, grid.num_nodes)]

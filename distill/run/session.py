@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from distill.credentials import hide
 from distill.errors import PeerError, UserError
 from distill.run.grid import Grid
 from distill.run.log import adapt_to_machine, end_of_log, open_log
@@ -199,9 +200,10 @@ class _Report:
                 self._said = True  # other threads may still log
                 self._leave(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(hide(text), file=sys.stderr, flush=True)
 
     def _leave(self, text: str) -> None:
+        text = hide(text)
         stack = {"py_callstack": text, "timestamp": str(int(time.time()))}
         partial = Path(f"{self._file}.partial")
         partial.write_text(json.dumps({"message": {"message": text, "extraInfo": stack}}))

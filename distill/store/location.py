@@ -12,6 +12,7 @@ from typing import Any
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from distill.credentials import keep_secret
 from distill.errors import StoreError, UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ _MARKS = "zarr.json", "commits/zarr.json"  # a store that lacks one of them is d
 
 def locate(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
     """The zarr store for a local path or a URL. options: of the object store's client. Raises StoreError."""
+    keep_secret(options)
     if "://" not in path:
         return LocalStore(Path(path).absolute(), read_only=read_only)  # still there after a chdir
     try:

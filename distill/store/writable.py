@@ -88,6 +88,7 @@ class WritableStore(Store):
         """Write one block of an array over rows in one assignment: values [n, ...], n <= block_rows, then fill."""
         full = self._padded(name, values)
         array, start = self._arrays[name], block * self.block_rows
+        sync(self.location.delete(f"{name}/{self._chunk_key(name, block)}"))  # zarr would read it, damaged or not
         array[start : start + self.block_rows] = full
         if name in PLANNED:
             self._note_plan(name, block, full)

@@ -14,6 +14,7 @@ model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by 
 backbone   where a model is taken apart: backbone and output head
 check      what a model must be: causal, and at which lengths it changes
 capture    what is kept of the logits
+audit      audit, report: whether a store is what its teacher says
 worker     Worker, Totals: from tokens to committed blocks
 summary    summary, mean_kept_mass, table, human: a run in words
 """

@@ -149,7 +149,8 @@ def local_tokenizer(model: str, revision: str | None) -> Any:
 
     try:
         named = demo.cached() if model == "demo" else _resolve(model, revision, download=False)
-        return AutoTokenizer.from_pretrained(_parts(named, download=False)[1], local_files_only=True)
+        folder = _parts(named, download=False)[1]  # unless it is told not to run code there, transformers asks
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # transformers raises OSError, ValueError and its dependencies' own
         return None
 
