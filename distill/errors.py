@@ -7,14 +7,17 @@ DistillError
 │   ├── TeacherError   the model, its tokenizer or its device
 │   └── StoreError     the store: not one, another run's, damaged, unwritable
 ├── NumericalError     NaN or infinite: a teacher's logits, a student's loss, gradient or weights: exit status 1
+├── StorageError       a disk is full or read-only, a server is gone: one message, no traceback, exit status 1
 ├── ReaderError        a process that reads batches is gone: exit status 1
 └── PeerError          other workers hang or are gone: exit status 1
 
 A message says what was expected, what was found, and where: key, file, sample or block.
 """
 
+import errno
 import re
 
+_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
 _ADVICE = re.compile("pip install|You need to|must have access|is restricted|log in|trust_remote_code", re.IGNORECASE)
 
 
@@ -46,6 +49,10 @@ class NumericalError(DistillError, ArithmeticError):
     """A teacher's logits are NaN or infinite, or a student's loss, gradient or weights."""
 
 
+class StorageError(DistillError, OSError):
+    """The disk or the server that holds what is written or read fails: full, read-only, gone."""
+
+
 class ReaderError(DistillError, RuntimeError):
     """A process that reads batches is gone."""
 
@@ -69,3 +76,13 @@ def first_line(error: BaseException) -> str:
     first = f"{type(error).__name__}: {lines[0]}" if isinstance(error, LookupError) else lines[0]
     sentences = [sentence for line in lines[1:] for sentence in line.split(". ") if _ADVICE.search(sentence)]
     return f"{first.rstrip(' :.')}: {sentences[0]}" if sentences and not _ADVICE.search(first) else first
+
+
+def disk_failure(error: BaseException | None) -> str:
+    """What a disk that fails has said, where that is what led to `error`: "No space left on device"; else nothing."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            named = f": {error.filename}" if error.filename else ""
+            return f"{error.strerror}{named}"
+        error = error.__cause__ or error.__context__
+    return ""

@@ -6,6 +6,9 @@ store        Store: open and read
 writable     WritableStore: create, write and commit
 schema       array_specs, CAPTURED: which arrays there are
 codecs       how an array is cut and compressed
-location     check_writable, Lock: local folders, object stores, locks, fsync
+location     check_writable, Lock, fsync: local folders, object stores, locks, what is safely on disk
+retry        RetryingStore: what fails for a while is tried again
+reasons      why a disk or a server failed, in words
+lease        Lease: keeps a second run out of an object store
 fingerprint  digest, text_digest, summarize, differences: what makes two runs the same run
 """

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from distill.errors import StoreError, first_line
+from distill.errors import StorageError, StoreError, first_line
 from distill.store.location import is_group, locate
 from distill.store.schema import FORMAT, VERSION
 
@@ -45,6 +45,8 @@ class Store:
         zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1})  # the workers are the parallelism
         try:
             group = zarr.open_group(location, mode=cls._mode)
+        except (StoreError, StorageError):
+            raise
         except Exception as error:  # zarr's, the file system's, or an object store client's own
             raise StoreError(f"store.path: cannot open {path}: {first_line(error)}") from error
         found = group.attrs.get("format"), group.attrs.get("version")
@@ -83,6 +85,8 @@ class Store:
         """Entries [start, stop) of an array, over rows, samples or blocks. Raises StoreError where it is damaged."""
         try:
             return np.asarray(self._array(name)[start:stop])
+        except StorageError:
+            raise
         except Exception as error:  # codecs raise RuntimeError, ValueError and their own
             raise StoreError(f"{self.path}: damaged data in {name}, rows {start} to {stop}: {error}") from error
 

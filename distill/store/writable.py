@@ -13,11 +13,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
-from distill.errors import StoreError, first_line
+from distill.errors import StorageError, StoreError, first_line
 from distill.store.codecs import create_array, create_commits
-from distill.store.location import Lock, fsync, locate
+from distill.store.lease import Lease
+from distill.store.location import Lock, fsync, local_root, locate
 from distill.store.schema import FORMAT, VERSION, ArraySpec
 from distill.store.store import Store
 
@@ -26,6 +26,7 @@ class WritableStore(Store):
     """An open store that may be written."""
 
     _mode = "r+"
+    _lock: Lock | Lease | None = None
 
     @classmethod
     def create(
@@ -46,8 +47,8 @@ class WritableStore(Store):
         """
         try:
             location = locate(path, options, read_only=False)
-            if isinstance(location, LocalStore):
-                location.root.mkdir(parents=True, exist_ok=True)
+            if (root := local_root(location)) is not None:
+                root.mkdir(parents=True, exist_ok=True)
             lock = _lock(location)
             if sync(location.exists("commits/zarr.json")):
                 raise StoreError(f"store.path: another run has begun {path} meanwhile; run the same command again")
@@ -57,7 +58,7 @@ class WritableStore(Store):
             group = zarr.create_group(location, attributes={"format": FORMAT, "version": VERSION, **attributes})
             for spec in specs:
                 create_array(group, spec, sizes[spec.over], int(attributes["block_rows"]), inner_rows, codec)
-        except StoreError:
+        except (StoreError, StorageError):
             raise
         except Exception as error:
             raise StoreError(f"store.path: cannot write {path}: {first_line(error)}") from error
@@ -114,6 +115,7 @@ class WritableStore(Store):
                 stale.unlink()
         self.attributes["complete"] = True
         self._group.attrs.put(self.attributes)
+        self._lock = None  # a lease is no part of the store
 
     def _chunk_key(self, name: str, block: int) -> str:
         return "/".join(["c", str(block), *("0" for _ in self._array(name).shape[1:])])
@@ -121,10 +123,10 @@ class WritableStore(Store):
     @property
     def _local_root(self) -> Path | None:
         """The store's folder; None for an object store."""
-        store = self._group.store
-        return Path(store.root) if isinstance(store, LocalStore) else None
+        return local_root(self._group.store)
 
 
-def _lock(location: Any) -> Lock | None:
-    """A lock on a store's folder; object stores have none."""
-    return Lock(location.root, "store.path", StoreError) if isinstance(location, LocalStore) else None
+def _lock(location: Any) -> Lock | Lease:
+    """What keeps other runs out, as long as it lives."""
+    root = local_root(location)
+    return Lock(root, "store.path", StoreError) if root is not None else Lease(location)
