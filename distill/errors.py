@@ -15,6 +15,7 @@ A message says what was expected, what was found, and where: key, file, sample o
 """
 
 import errno
+import os
 import re
 
 _DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
@@ -81,8 +82,10 @@ def first_line(error: BaseException) -> str:
 def disk_failure(error: BaseException | None) -> str:
     """What a disk that fails has said, where that is what led to `error`: "No space left on device"; else nothing."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK:
-            named = f": {error.filename}" if error.filename else ""
-            return f"{error.strerror}{named}"
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
+        if number in _DISK:
+            named = getattr(error, "filename", None)
+            return f"{os.strerror(number)}: {named}" if named else os.strerror(number)
         error = error.__cause__ or error.__context__
     return ""

@@ -204,9 +204,12 @@ class _Report:
         if self._file:
             with self._lock:
                 self._said = True  # other threads may still log
-                self._leave(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
+                try:
+                    self._leave(text)
+                    return
+                except OSError:  # torchrun's file is in a folder that is full
+                    pass
+        print(text, file=sys.stderr, flush=True)
 
     def _leave(self, text: str) -> None:
         stack = {"py_callstack": text, "timestamp": str(int(time.time()))}

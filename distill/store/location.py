@@ -149,4 +149,4 @@ def fsync(*paths: Path) -> None:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise StorageError(f"store: cannot flush {path} to disk: {error.strerror}") from error
+            raise StorageError(f"cannot flush {path} to disk: {error.strerror}") from error
