@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Lease:
-    """A lease of a store, held as long as this object lives, and not much beyond the end of its process.
+    """A lease of a store, held until `release` or as long as this object lives; not much longer than its process.
 
     A server without conditional writes gives none, which is logged. Raises StoreError where another run has it.
     From then on writing to `location` raises StorageError once another run has taken it over.
@@ -45,7 +45,7 @@ class Lease:
         if holder.acquire():
             location.before_writing = holder.check
             threading.Thread(target=holder.keep, name="lease", daemon=True).start()
-            weakref.finalize(self, holder.release)
+        self.release = weakref.finalize(self, holder.release)
 
 
 class _Holder:

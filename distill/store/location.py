@@ -110,7 +110,7 @@ def check_writable(path: str) -> None:
 
 
 class Lock:
-    """A lock on a local folder, held as long as this object lives, and not beyond the end of its process.
+    """A lock on a local folder, held until `release` or as long as this object lives; no longer than its process.
 
     File systems without such locks stay unlocked. Raises `error` where another run has the lock.
     """
@@ -118,7 +118,7 @@ class Lock:
     def __init__(self, folder: Path, key: str, error: type[UserError]) -> None:
         """key: the setting that names the folder, for the message."""
         self._descriptor = os.open(folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
+        self.release = weakref.finalize(self, os.close, self._descriptor)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
             while not self._taken():

@@ -115,7 +115,8 @@ class WritableStore(Store):
                 stale.unlink()
         self.attributes["complete"] = True
         self._group.attrs.put(self.attributes)
-        self._lock = None  # a lease is no part of the store
+        if self._lock is not None:
+            self._lock.release()  # a lease is no part of a complete store
 
     def _chunk_key(self, name: str, block: int) -> str:
         return "/".join(["c", str(block), *("0" for _ in self._array(name).shape[1:])])
