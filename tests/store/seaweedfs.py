@@ -97,6 +97,14 @@ class Server:
                 file.write_bytes(bytes(obstore.get(client, found["path"]).bytes()))
         return folder
 
+    def upload(self, folder: Path, prefix: str) -> None:
+        """Every file of `folder`, as objects below `prefix`."""
+        import obstore
+
+        for file in folder.rglob("*"):
+            if file.is_file():
+                obstore.put(self.bucket(prefix), str(file.relative_to(folder)), file)
+
     def _answers(self) -> bool:
         import obstore
 
