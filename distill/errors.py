@@ -7,17 +7,21 @@ DistillError
 │   ├── TeacherError   the model, its tokenizer or its device
 │   └── StoreError     the store: not one, another run's, damaged, unwritable
 ├── NumericalError     NaN or infinite: a teacher's logits, a student's loss, gradient or weights: exit status 1
+├── StorageError       a disk is full or read-only, a server is gone: one message, no traceback, exit status 1
 ├── ReaderError        a process that reads batches is gone: exit status 1
 └── PeerError          other workers hang or are gone: exit status 1
 
 A message says what was expected, what was found, and where: key, file, sample or block. No credential is in it.
 """
 
+import errno
+import os
 import re
 from typing import Any
 
 from distill.credentials import hide
 
+_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
 _ADVICE = re.compile("pip install|You need to|must have access|is restricted|log in|trust_remote_code", re.IGNORECASE)
 
 
@@ -52,6 +56,10 @@ class NumericalError(DistillError, ArithmeticError):
     """A teacher's logits are NaN or infinite, or a student's loss, gradient or weights."""
 
 
+class StorageError(DistillError, OSError):
+    """The disk or the server that holds what is written or read fails: full, read-only, gone."""
+
+
 class ReaderError(DistillError, RuntimeError):
     """A process that reads batches is gone."""
 
@@ -77,3 +85,15 @@ def first_line(error: BaseException) -> str:
     first = f"{type(error).__name__}: {lines[0]}" if isinstance(error, LookupError) else lines[0]
     sentences = [sentence for line in lines[1:] for sentence in line.split(". ") if _ADVICE.search(sentence)]
     return f"{first.rstrip(' :.')}: {sentences[0]}" if sentences and not _ADVICE.search(first) else first
+
+
+def disk_failure(error: BaseException | None) -> str:
+    """What a disk that fails has said, where that is what led to `error`: "No space left on device"; else nothing."""
+    while error is not None:
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
+        if number in _DISK:
+            named = getattr(error, "filename", None)
+            return f"{os.strerror(number)}: {named}" if named else os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ""

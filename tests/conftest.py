@@ -1,13 +1,14 @@
 """Fixtures: small models with a tokenizer, real texts, and the real command line."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.store.seaweedfs import Server
 from tests.support import MODELS, WORDS, generate, save_model
 
 
@@ -59,3 +60,11 @@ def small_store(
     ran = generate(folder, *arguments)
     assert ran.returncode == 0, ran.stderr
     return folder / "small.zarr"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server. A test that stops it has to start it again."""
+    server = Server(tmp_path_factory.mktemp("s3") / "server")
+    yield server
+    server.kill()

@@ -1,5 +1,6 @@
 """What several tests need: small models, launching the command line, and looking at a store without distill."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 WORDS = topics["assert"].split()
@@ -263,7 +265,7 @@ def generate_here(folder: Path, *arguments: str, models: dict[str, Any] | None =
             model, share = load(source, device, job.placement, needs, None, folder / "offload")
             models[config.teacher.model] = Teacher(model, device, share)
         watch = Watch(board, grid, 600.0, lambda error: None)
-        Worker(config, job.store, models[config.teacher.model], board, watch, job.missing, job.missing).work()
+        Worker(config, job.store, models[config.teacher.model], board, watch, len(job.missing), job.missing).work()
         job.store.mark_complete()
     return Path(config.store.path)
 
@@ -279,6 +281,27 @@ def wait_for(happened: Callable[[], object], said: Callable[[], object] = str, s
 def has(file: Path, text: str) -> bool:
     """Whether there is such a file, and this text in it."""
     return file.is_file() and text in file.read_text()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own at `folder`, so large ("900k"). Skips the test where mounting is not permitted."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, option: str) -> None:
+    """Change a `small_disk`: "size=64m", "ro", "rw". Read-only is refused for as long as a file is being written."""
+    again = ["mount", "-o", f"remount,{option}", str(folder)]
+    wait_for(lambda: subprocess.run(again, capture_output=True, check=False).returncode == 0, seconds=20)
 
 
 def blocks_logged(folder: Path) -> list[int]:

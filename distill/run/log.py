@@ -116,6 +116,11 @@ class _LogFile(logging.FileHandler):
         super().emit(record)
         self._on_record()
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging has it
+        """A disk that is full takes no lines. It must not end the run, nor fill the console with tracebacks."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
 
 class _Console(logging.Handler):
     """Records on stderr, above the progress bar: ours, and other libraries' from WARNING up."""

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 from distill.credentials import hide
-from distill.errors import PeerError, UserError
+from distill.errors import PeerError, StorageError, UserError, disk_failure
 from distill.run.grid import Grid
 from distill.run.log import adapt_to_machine, end_of_log, open_log
 from distill.run.processes import STOPS, a_sibling_is_gone, await_siblings
@@ -90,22 +90,21 @@ class Session:
             body()
             return 0
         except UserError as error:
-            if self._report.through_torchrun:
-                await_siblings()
-            if self.rank > 0:  # worker 0 has very likely met the same error; let it speak first, and alone
-                time.sleep(5)
-            self._end(f"error: {error}")
+            self._end_as_others_do(f"error: {error}")
             return 2
         except PeerError as error:
             if self.stopping:  # so are the others
                 self.leave(self.stopping)
             self._blame(error)
             return 1
-        except BaseException:
+        except BaseException as error:
             if self.stopping and self._a_sibling_is_gone():  # which is why this one failed
                 self.leave(self.stopping)
             logging.getLogger("distill").critical("this worker failed", exc_info=True, extra={"console": False})
-            self._end(self._failure())
+            if failure := str(error) if isinstance(error, StorageError) else disk_failure(error):
+                self._end_as_others_do("; ".join(filter(None, [f"error: {failure}", self.how_to_go_on])))
+            else:
+                self._end(self._failure())
             return 1
         finally:  # what this worker has to say is said: a signal changes nothing any more
             self._leaving = True
@@ -156,6 +155,14 @@ class Session:
         role = f" ({self.role})" if self.role else ""
         return f"worker {self.rank}{role} failed; {end_of_log(self._log, self._log_start)}"
 
+    def _end_as_others_do(self, text: str) -> None:
+        """For what all workers meet: worker 0 speaks first, and alone."""
+        if self._report.through_torchrun:
+            await_siblings()
+        if self.rank > 0:
+            time.sleep(5)
+        self._end(text)
+
     def _end(self, text: str) -> None:
         self._close_bars()
         self._report.say(text)
@@ -198,9 +205,12 @@ class _Report:
         if self._file:
             with self._lock:
                 self._said = True  # other threads may still log
-                self._leave(text)
-        else:
-            print(hide(text), file=sys.stderr, flush=True)
+                try:
+                    self._leave(text)
+                    return
+                except OSError:  # torchrun's file is in a folder that is full
+                    pass
+        print(hide(text), file=sys.stderr, flush=True)
 
     def _leave(self, text: str) -> None:
         text = hide(text)

@@ -6,14 +6,17 @@ import os
 import time
 import weakref
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from distill.credentials import keep_secret
-from distill.errors import StoreError, UserError, first_line
+from distill.errors import StorageError, StoreError, UserError, first_line
+from distill.store.retry import RetryingStore
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +26,55 @@ _PATIENCE_SECONDS = 3.0  # workers of a run that was just killed may still be en
 _MARKS = "zarr.json", "commits/zarr.json"  # a store that lacks one of them is damaged, and no other content
 
 
-def locate(path: str, options: Mapping[str, Any], read_only: bool) -> Any:
+def locate(path: str, options: Mapping[str, Any], read_only: bool) -> RetryingStore:
     """The zarr store for a local path or a URL. options: of the object store's client. Raises StoreError."""
     keep_secret(options)
     if "://" not in path:
-        return LocalStore(Path(path).absolute(), read_only=read_only)  # still there after a chdir
+        return RetryingStore(LocalStore(Path(path).absolute(), read_only=read_only), path)  # still there after a chdir
     try:
         import obstore
         from zarr.storage import ObjectStore
     except ImportError as error:
         raise StoreError(f"store.path: {path} needs obstore: pip install 'distill[s3]'") from error
+    given = {name: {**values, **options.get(name, {})} for name, values in _client_defaults(path, options).items()}
     try:
-        return ObjectStore(obstore.store.from_url(path, **options), read_only=read_only)
+        client = obstore.store.from_url(path, **{**options, **given})
     except BaseException as error:  # Rust's panics, of options at a wrong place, are no Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise StoreError(f"store.path: cannot use {path}: {first_line(error)}") from error
+    return RetryingStore(ObjectStore(client, read_only=read_only), path, _hint(path, options))
+
+
+def local_root(location: Any) -> Path | None:
+    """The folder of a store that `locate` has found; None for an object store."""
+    store = location.inner if isinstance(location, RetryingStore) else location
+    return Path(store.root) if isinstance(store, LocalStore) else None
+
+
+def _client_defaults(path: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options of the client where none are given. What fails is tried again in retry.py, so the client gives up soon.
+
+    A plain http endpoint is meant where it is named.
+    """
+    if path.startswith(("file:", "memory:")):
+        return {}
+    named = [value for name, value in {**os.environ, **options}.items() if "endpoint" in name.lower()]
+    http = any(str(value).startswith("http://") for value in [path, *named])
+    client = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "120s"} | (
+        {"allow_http": True} if http else {}
+    )
+    return {"client_options": client, "retry_config": {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}}
+
+
+def _hint(path: str, options: Mapping[str, Any]) -> str:
+    """What leads to an object store of Amazon's kind that does not answer, where no key of it is to be seen."""
+    if not path.startswith("s3"):
+        return ""
+    seen = " ".join([*options, *(name for name in os.environ if name.startswith("AWS_"))]).lower()
+    signs = ("access_key", "skip_signature", "token", "role", "container_credentials")
+    keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or store.options.access_key_id and .secret_access_key"
+    return "" if any(sign in seen for sign in signs) else f"; set {keys}, unless this machine has a role of its own"
 
 
 def is_group(path: str, location: Any) -> bool:
@@ -48,7 +84,8 @@ def is_group(path: str, location: Any) -> bool:
     """
     try:
         if "://" in path:
-            there = any(sync(location.exists(key)) for key in _MARKS)
+            # Not `exists`: only the answer to a read says why it is refused.
+            there = any(sync(location.get(key, default_buffer_prototype())) is not None for key in _MARKS)
             kind = "" if there or sync(location.is_empty("")) else "other content"
         else:
             root = Path(path)
@@ -56,6 +93,8 @@ def is_group(path: str, location: Any) -> bool:
             inside = root.iterdir() if root.is_dir() and not there else []
             foreign = any(not entry.name.endswith(".partial") for entry in inside)
             kind = "a file" if root.is_file() else "a folder with other content" if foreign else ""
+    except (StoreError, StorageError):
+        raise
     except Exception as error:  # no permission, or an object store client's own
         raise StoreError(f"store.path: cannot read {path}: {first_line(error)}") from error
     if kind:
@@ -79,7 +118,7 @@ def check_writable(path: str) -> None:
 
 
 class Lock:
-    """A lock on a local folder, held as long as this object lives, and not beyond the end of its process.
+    """A lock on a local folder, held until `release` or as long as this object lives; no longer than its process.
 
     File systems without such locks stay unlocked. Raises `error` where another run has the lock.
     """
@@ -87,7 +126,7 @@ class Lock:
     def __init__(self, folder: Path, key: str, error: type[UserError]) -> None:
         """key: the setting that names the folder, for the message."""
         self._descriptor = os.open(folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
+        self.release = weakref.finalize(self, os.close, self._descriptor)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
             while not self._taken():
@@ -106,10 +145,16 @@ class Lock:
 
 
 def fsync(*paths: Path) -> None:
-    """Wait until files and folders are on disk."""
+    """Wait until files and folders are on disk.
+
+    Raises StorageError where that fails; it is never tried again: the system may have dropped what it could not write.
+    """
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StorageError(f"cannot flush {path} to disk: {error.strerror}") from error

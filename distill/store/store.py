@@ -112,7 +112,11 @@ class Store:
         size, first, last = self.inner_rows, start // self.inner_rows, -(-stop // self.inner_rows)
         per_block = self.block_rows // size
         checksums = self._checksums(names, range(first // per_block, (last - 1) // per_block + 1))
-        found = self._fetch([(name, first * size, last * size) for name in names])
+        # zarr asks for the inner chunks of a part of a shard one by one: over a link they are asked for together
+        cuts = range(first, last) if "://" in self.path and last - first < per_block else [first]
+        pieces = [(at * size, (at + 1 if len(cuts) > 1 else last) * size) for at in cuts]
+        parts = iter(self._fetch([(name, *piece) for name in names for piece in pieces]))
+        found = [_joined([next(parts) for _ in pieces]) for _ in names]
         for name, values in zip(names, found, strict=True):
             for i in range(last - first):
                 block, place = divmod(first + i, per_block)
@@ -238,8 +242,7 @@ class Store:
     def _read_samples(self, name: str, start: int, stop: int) -> NDArray[Any]:
         each = self._arrays[name].chunks[0]
         chunks = self._chunks(name, range(start // each, -(-max(stop, start + 1) // each)))
-        parts = [chunk[max(0, start - i * each) : stop - i * each] for i, chunk in chunks.items()]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return _joined([chunk[max(0, start - i * each) : stop - i * each] for i, chunk in chunks.items()])
 
     def _chunks(self, name: str, numbers: range, keep: bool = True) -> dict[int, NDArray[Any]]:
         """Chunks of an array that has no shards, by their number. keep: the last few are kept."""
@@ -258,6 +261,10 @@ class Store:
                 while sum(part.nbytes for part in self._kept.values()) > _KEPT_BYTES and len(self._kept) > 2:
                     self._kept.popitem(last=False)
         return {i: found[i] for i in numbers}
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 async def _gather(wanted: Sequence[Coroutine[Any, Any, NDArray[Any]]]) -> list[NDArray[Any]]:

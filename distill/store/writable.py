@@ -12,10 +12,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
 from distill.errors import DistillError, StoreError, first_line
-from distill.store.location import Lock, fsync, locate
+from distill.store.lease import Lease
+from distill.store.location import Lock, fsync, local_root, locate
 from distill.store.metadata import array_digest, array_documents, exist, group_document, put, sealed
 from distill.store.schema import CAPTURED, FORMAT, PLANNED, SAMPLE_TABLE, VERSION
 from distill.store.store import Store, checksum, digest_of_checksums
@@ -28,7 +28,7 @@ class WritableStore(Store):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._lock: Lock | None = None
+        self._lock: Lock | Lease | None = None
         self._commits_document: dict[str, Any] = {}
         self._sample_checksums: dict[str, list[int]] = {}
         self._block_checksums: dict[tuple[int, str], NDArray[np.uint32]] = {}
@@ -48,8 +48,8 @@ class WritableStore(Store):
         whole = {"format": FORMAT, "version": VERSION, **attributes, "complete": False, "arrays": digests}
         try:
             location = locate(path, options, read_only=False)
-            if isinstance(location, LocalStore):
-                location.root.mkdir(parents=True, exist_ok=True)
+            if (root := local_root(location)) is not None:
+                root.mkdir(parents=True, exist_ok=True)
             lock = _lock(location)
             if sync(location.exists("commits/zarr.json")):
                 raise StoreError(f"store.path: another run has begun {path} meanwhile; run the same command again")
@@ -133,6 +133,8 @@ class WritableStore(Store):
             for stale in root.rglob("*.partial"):
                 stale.unlink()
         self._mark(complete=True)
+        if self._lock is not None:
+            self._lock.release()  # a lease is no part of a complete store
 
     def reopen(self) -> None:
         """Mark a complete store, of which something is missing or was taken back, as not complete."""
@@ -223,9 +225,10 @@ class WritableStore(Store):
     @property
     def _local_root(self) -> Path | None:
         """The store's folder; None for an object store."""
-        return Path(self.location.root) if isinstance(self.location, LocalStore) else None
+        return local_root(self.location)
 
 
-def _lock(location: Any) -> Lock | None:
-    """A lock on a store's folder; object stores have none."""
-    return Lock(location.root, "store.path", StoreError) if isinstance(location, LocalStore) else None
+def _lock(location: Any) -> Lock | Lease:
+    """What keeps other runs out, as long as it lives."""
+    root = local_root(location)
+    return Lock(root, "store.path", StoreError) if root is not None else Lease(location)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.config import TrainConfig
-from distill.errors import ConfigError, StoreError
+from distill.errors import ConfigError, StorageError, StoreError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch
 from distill.run.grid import Grid
@@ -93,8 +93,9 @@ def _next(batches: Any) -> Batch | None:
     while True:
         try:
             return next(batches, None)
-        except StoreError as error:  # from a reader, with the reader's traceback as its message
-            raise StoreError(str(error).strip().rpartition("StoreError: ")[2]) from error
+        except (StoreError, StorageError) as error:  # from a reader, with the reader's traceback as its message
+            kind = type(error)
+            raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from error
         except RuntimeError as error:
             check_readers(getattr(batches, "_workers", ()))
             if "DataLoader timed out" not in str(error):

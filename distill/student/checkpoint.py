@@ -18,11 +18,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distill.config import TrainConfig
-from distill.errors import ConfigError
+from distill.errors import ConfigError, StorageError, disk_failure
 from distill.reading.cache import TeacherCache
 from distill.run.nodes import PROBE
 from distill.store.fingerprint import differences
-from distill.store.location import Lock
+from distill.store.location import Lock, fsync
 from distill.teacher.source import Source
 
 _KEPT = 2
@@ -89,7 +89,10 @@ class Checkpoints:
             )
 
     def save(self, step: int, module: nn.Module, optimizer: Any, scheduler: Any) -> None:
-        """Write a checkpoint after `step`, all workers together; worker 0 writes what they share."""
+        """Write a checkpoint after `step`, all workers together; worker 0 writes what they share.
+
+        Raises StorageError where the disk is full, or fails; the checkpoints before stay.
+        """
         rank = dist.get_rank()
         weights, moments = get_state_dict(module, optimizer, options=_OPTIONS)
         partial = self._folder / f"step_{step}.partial"
@@ -97,16 +100,15 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        torch.save(_random_state(), partial / f"rng_{rank}.pt")
+        _write(_random_state(), partial / f"rng_{rank}.pt")
         if rank == 0:
             state = {"step": step, "settings": self._settings, "model": weights, "optimizer": moments}
-            torch.save({**state, "scheduler": scheduler.state_dict()}, partial / "state.pt")
-            for file in partial.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+            _write({**state, "scheduler": scheduler.state_dict()}, partial / "state.pt")
         dist.barrier()
         if rank == 0:
+            fsync(partial)
             partial.rename(self._folder / f"step_{step}")
+            fsync(self._folder)
             for stale in self._folder.glob("*.partial"):  # of runs that were stopped in the middle
                 shutil.rmtree(stale)
             for old in self._whole()[:-_KEPT]:
@@ -130,6 +132,20 @@ class Checkpoints:
         """The whole checkpoints, oldest first."""
         found = [entry for entry in self._folder.glob("step_*") if entry.suffix != ".partial"]
         return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
+
+
+def _write(state: dict[str, Any], file: Path) -> None:
+    """Write a file of a checkpoint, and wait until it is on disk. Where that fails, what is there of it goes."""
+    try:
+        with file.open("wb") as opened:
+            torch.save(state, opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+    except Exception as error:  # torch's own, of which a full disk was the cause
+        if not (failure := disk_failure(error)):
+            raise
+        shutil.rmtree(file.parent, ignore_errors=True)
+        raise StorageError(f"output: cannot write the checkpoint {file.parent.with_suffix('')}: {failure}") from error
 
 
 def _load(checkpoint: Path) -> dict[str, Any]:

@@ -31,7 +31,9 @@ class Metrics:
             return
         output.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(self._file) if line["step"] <= step and step > 0]
-        self._file.write_text("".join(map(_line, kept)))
+        partial = self._file.with_suffix(".partial")  # on a full disk the lines of before stay
+        partial.write_text("".join(map(_line, kept)))
+        partial.replace(self._file)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 

@@ -1,5 +1,6 @@
 """The student: found, built from the teacher or another checkpoint, compared with a cache, and saved."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,4 +149,8 @@ def save(module: nn.Module, model: Any, tokenizer: Any, folder: Path) -> None:
 
 def is_saved(folder: Path) -> bool:
     """Whether `save` was done."""
-    return (folder / "tokenizer_config.json").is_file()  # the last file that it writes
+    try:
+        json.loads((folder / "tokenizer_config.json").read_text())  # the last file that it writes
+    except (OSError, ValueError):  # empty, where the disk was full
+        return False
+    return True

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.config import BatchConfig, GenerateConfig, ParallelConfig, TeacherConfig
-from distill.data.plan import Plan
+from distill.data import plan
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.device import count_devices, free_bytes, pick_device
 from distill.run.grid import Grid
@@ -204,7 +204,7 @@ def _batches(store: Store, block: int, max_tokens: int, switch: int | None) -> l
     samples = store.samples_of(block)
     starts = store.read_rows("sample_start", samples.start, samples.stop)
     lengths = store.read_rows("sample_length", samples.start, samples.stop)
-    batches = Plan(store.block_rows, starts, lengths).batches(block, max_tokens, switch)
+    batches = plan.batches(lengths, max_tokens, switch)
     return [[range(int(starts[i]), int(starts[i] + lengths[i])) for i in batch] for batch in batches]
 
 

@@ -13,9 +13,9 @@ from tests.support import open_raw, planned_store, tree
 ATTRIBUTES = {"k": 5, "temperatures": [1.0, 2.0], "block_rows": 32, "num_blocks": 3, "num_samples": 7}
 
 
-def create(path, codec="portable", publish=True):
+def create(path, codec="portable", publish=True, options=None):
     """A store of 3 blocks of 32 rows, 20 of them in use."""
-    store = WritableStore.create(str(path), {}, ATTRIBUTES, masked=True, codec=codec)
+    store = WritableStore.create(str(path), options or {}, ATTRIBUTES, masked=True, codec=codec)
     store.write_all("sample_start", np.array([0, 10, 32, 42, 64, 70, 74]))
     store.write_all("sample_length", np.array([10, 10, 10, 10, 6, 4, 10], np.int32))
     store.write_all("sample_index", np.arange(7))
