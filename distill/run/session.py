@@ -200,7 +200,7 @@ class _Report:
                 self._said = True  # other threads may still log
                 self._leave(text)
         else:
-            print(hide(text), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def _leave(self, text: str) -> None:
         text = hide(text)
