@@ -263,7 +263,7 @@ def generate_here(folder: Path, *arguments: str, models: dict[str, Any] | None =
             model, share = load(source, device, job.placement, needs, None, folder / "offload")
             models[config.teacher.model] = Teacher(model, device, share)
         watch = Watch(board, grid, 600.0, lambda error: None)
-        Worker(config, job.store, models[config.teacher.model], board, watch, job.missing, job.missing).work()
+        Worker(config, job.store, models[config.teacher.model], board, watch, len(job.missing), job.missing).work()
         job.store.mark_complete()
     return Path(config.store.path)
 
