@@ -228,8 +228,14 @@ def test_an_object_stores_errors_have_no_credential(caplog: pytest.LogCaptureFix
         assert not re.search("marked", re.sub(r"^    .*\n", "", text, flags=re.M), re.I), text
 
 
-def test_logs_have_no_credential(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_have_no_credential(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep_secret(OPTIONS)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # so that what follows is taken back
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    log.adapt_to_machine()
+    log.adapt_to_machine()
     file = log._LogFile(tmp_path / "worker_1.log", lambda: None)
     file.setFormatter(log._Formatter("%(message)s"))
     try:
@@ -240,12 +246,15 @@ def test_logs_have_no_credential(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file.emit(record)
     log._Console().emit(record)
     file.close()
-    (tmp_path / "worker_2.log").write_text(f"printed {SECRET}")
+    print(f"printed {SECRET}")
+    print(f"printed {TOKEN}", file=sys.stderr, flush=True)
     written = (tmp_path / "worker_1.log").read_text()
     assert "RuntimeError: with (hidden)" in written
-    for text in (written, log.end_of_log(tmp_path / "worker_2.log"), "".join(capsys.readouterr())):
+    shown = capsys.readouterr()
+    for text in (written, shown.out, shown.err):
         assert HIDDEN in text
         assert not MARK.search(text), text
+    assert sys.stdout.isatty() is False
 
 
 FAILING = f"""
@@ -261,6 +270,7 @@ def body(config, grid, session):
     thread = threading.Thread(target=lambda: 1 / len("{SECRET}"[99:]) or print("{SECRET}"), name="x")
     thread.run = lambda: (_ for _ in ()).throw(ValueError("in a thread: {SECRET}"))
     thread.start(); thread.join()
+    print("{SECRET}")
     raise RuntimeError("{SECRET} and {TOKEN}")
 
 status = run_worker(GenerateConfig, "x", ["keys.yaml"], body)

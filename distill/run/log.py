@@ -3,7 +3,7 @@
 Worker 0 logs plain lines to the console, which do not break its progress bar. Every worker also logs to
 ``<log_dir>/worker_<rank>.log``. Workers 1+ write nowhere else: even what they print goes to that file.
 
-Credentials are hidden in log records and in tracebacks.
+Credentials are hidden in all of it: in log records, tracebacks, warnings, and what Python code prints.
 """
 
 import io
@@ -11,11 +11,9 @@ import logging
 import os
 import sys
 import tempfile
-import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,16 +63,14 @@ def adapt_to_machine() -> None:
     """Let print escape what an ASCII console cannot show; let caches be in the temporary folder if there is no home.
 
     Before other libraries are imported: without a home, as containers may be, they would make a folder named ~.
-    From now on the traceback of an error that nobody catches, in any thread, hides credentials, and so do log records
-    for which no log is open yet.
+    From now on what is printed, tracebacks and warnings too, has no credential.
     """
-    assert logging.lastResort is not None
-    logging.lastResort.setFormatter(_Formatter())
-    sys.excepthook = _show
-    threading.excepthook = lambda found: _show(found.exc_type, found.exc_value, found.exc_traceback)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        setattr(sys, name, stream if isinstance(stream, _Hiding) else _Hiding(stream))
     try:
         expand("~", "HOME")
     except ConfigError:
@@ -89,12 +85,20 @@ def end_of_log(log: Path, start: int = 0) -> str:
             tail = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
     except OSError as error:
         tail = [f"(unreadable: {error.strerror})"]
-    return hide("\n".join([f"the end of its log, {log.absolute()}:", *(f"  {line}" for line in tail or ["(empty)"])]))
+    return "\n".join([f"the end of its log, {log.absolute()}:", *(f"  {line}" for line in tail or ["(empty)"])])
 
 
-def _show(kind: type[BaseException], error: BaseException | None, where: TracebackType | None) -> None:
-    if not issubclass(kind, SystemExit):  # which ends a thread without a word
-        print(hide("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)
+class _Hiding:
+    """A text stream to which no credential is written."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return int(self._stream.write(hide(text)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Formatter(logging.Formatter):
@@ -130,4 +134,4 @@ class _Console(logging.Handler):
         shown = getattr(record, "console", True) if ours else record.name != "py.warnings"
         if shown and (ours or record.levelno >= logging.WARNING):
             prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-            tqdm.write(prefix + hide(record.getMessage()), file=sys.stderr)
+            tqdm.write(prefix + record.getMessage(), file=sys.stderr)

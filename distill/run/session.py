@@ -210,7 +210,7 @@ class _Report:
                     return
                 except OSError:  # torchrun's file is in a folder that is full
                     pass
-        print(hide(text), file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
     def _leave(self, text: str) -> None:
         text = hide(text)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.config import BatchConfig, GenerateConfig, ParallelConfig, TeacherConfig
-from distill.data import plan
+from distill.data.plan import batches
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.device import count_devices, free_bytes, pick_device
 from distill.run.grid import Grid
@@ -185,7 +185,7 @@ def _choose(
     if not blocks:
         raise StoreError(f"{store.path}: expected a committed block to compare the teacher with, found none")
     waiting: dict[int, list[list[range]]] = {}
-    samples = batches = 0
+    num_seen = num_batches = 0
     while blocks:
         for block in blocks:
             if block not in waiting:
@@ -193,8 +193,8 @@ def _choose(
                 waiting[block] = [found[i] for i in rng.permutation(len(found))]
             batch = waiting[block].pop()
             yield block, batch
-            samples, batches = samples + len(batch), batches + 1
-            if samples >= num_samples and batches >= _FEWEST_BATCHES:
+            num_seen, num_batches = num_seen + len(batch), num_batches + 1
+            if num_seen >= num_samples and num_batches >= _FEWEST_BATCHES:
                 return
         blocks = [block for block in blocks if waiting[block]]
 
@@ -204,8 +204,8 @@ def _batches(store: Store, block: int, max_tokens: int, switch: int | None) -> l
     samples = store.samples_of(block)
     starts = store.read_rows("sample_start", samples.start, samples.stop)
     lengths = store.read_rows("sample_length", samples.start, samples.stop)
-    batches = plan.batches(lengths, max_tokens, switch)
-    return [[range(int(starts[i]), int(starts[i] + lengths[i])) for i in batch] for batch in batches]
+    found = batches(lengths, max_tokens, switch)
+    return [[range(int(starts[i]), int(starts[i] + lengths[i])) for i in batch] for batch in found]
 
 
 def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Tensor, Tensor]:

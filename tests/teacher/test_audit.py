@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill import verify
 from distill.errors import StoreError, TeacherError
 from distill.store.schema import CAPTURED
 from distill.store.store import Store
@@ -183,3 +184,19 @@ def test_the_verdict_follows_from_the_figures() -> None:
         assert found.ok == ok
         assert re.search("beyond the limit: " if not ok else f"at most {FACTOR:g} times", report(found))
     assert json.dumps(report(found))
+
+
+def test_verify_asks_the_teacher(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([str(made / "x.zarr"), "--teacher", "teacher.device=cpu"]) == 0
+    assert "the store says what this teacher says" in capsys.readouterr().out
+    moved = shutil.move(made / "model", tmp_path / "moved")
+    try:
+        assert verify.main([str(made / "x.zarr"), "--teacher"]) == 2
+        assert "error: teacher.model: expected a Hugging Face id or a model's folder" in capsys.readouterr().err
+        assert verify.main([str(made / "x.zarr"), "--teacher", f"teacher.model={moved}"]) == 0
+        assert "the files of the store" in capsys.readouterr().out
+    finally:
+        shutil.move(moved, made / "model")
+    changed(made, tmp_path / "shifted.zarr", shift)
+    assert verify.main([str(tmp_path / "shifted.zarr"), "--teacher"]) == 1
+    assert "THE STORE IS NOT WHAT THIS TEACHER SAYS: beyond the limit: mean" in capsys.readouterr().out
