@@ -111,11 +111,12 @@ class ShuffledBatches(IterableDataset[Batch]):
                 continue
             order = np.random.default_rng([self._seed, epoch, run, window]).permutation(counts.sum())[skip:]
             skip = 0
-            loaded = [self._load(int(start), int(stop)) for start, stop in spans]
+            rows = [(self._index.rows(int(start))[0], self._index.rows(int(stop) - 1)[1]) for start, stop in spans]
+            loaded = self._reader.read_several(rows)
             piece_of = np.repeat(np.arange(len(spans)), counts)
             positions = np.concatenate([np.arange(start, stop) for start, stop in spans])
             for i in order:
-                yield self._sample(int(positions[i]), *loaded[piece_of[i]])
+                yield self._sample(int(positions[i]), rows[piece_of[i]][0], loaded[piece_of[i]])
 
     def _pieces(self, epoch: int, run: int, num_runs: int) -> NDArray[np.int64]:
         """[P, 2]: the run's samples in the epoch's order, as ranges of positions in the index, each within a piece."""
@@ -128,11 +129,6 @@ class ShuffledBatches(IterableDataset[Batch]):
         right = np.clip(ends - end, 0, counts)
         mine = left + right < counts
         return np.stack([pieces[mine, 0] + left[mine], pieces[mine, 1] - right[mine]], axis=1)
-
-    def _load(self, start: int, stop: int) -> tuple[int, Rows]:
-        """The number of the first row of the samples [start, stop) of the index, and all their rows."""
-        first = self._index.rows(start)[0]
-        return first, self._reader.read(first, self._index.rows(stop - 1)[1])
 
     def _sample(self, position: int, first_row: int, rows: Rows) -> Sample:
         start, stop = self._index.rows(position)

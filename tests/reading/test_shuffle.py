@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from distill import TeacherCache
 from distill.errors import ConfigError
+from distill.reading.samples import RowReader
 from distill.reading.shuffle import ShuffledBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
@@ -154,13 +155,13 @@ def test_spawned_workers_read_local_stores_and_urls(small_store: Path) -> None:
 
 def test_no_more_than_a_window_is_in_memory(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[int] = []
-    plain = ShuffledBatches._load
+    plain = RowReader.read
 
-    def counting(self: ShuffledBatches, start: int, stop: int) -> Any:
+    def counting(self: RowReader, start: int, stop: int) -> Any:
         loads.append(start)
         return plain(self, start, stop)
 
-    monkeypatch.setattr(ShuffledBatches, "_load", counting)
+    monkeypatch.setattr(RowReader, "read", counting)
     stream = iter(shuffled(TeacherCache(str(small_store)), window_blocks=2))
     next(stream)
     assert len(loads) == 2

@@ -6,6 +6,7 @@ import zarr
 
 from distill.data.plan import Plan
 from distill.errors import StoreError
+from distill.store.retry import RetryingStore
 from distill.store.store import Store
 from distill.store.writable import WritableStore
 from tests.support import open_raw, planned_store, tree
@@ -215,3 +216,34 @@ def test_object_stores_hold_the_same_bytes(tmp_path):
         store.mark_complete()
     assert tree(tmp_path / "remote.zarr") == tree(tmp_path / "local.zarr")
     shutil.rmtree(tmp_path / "remote.zarr")
+
+
+@pytest.mark.parametrize("kind", ["folder", "url"])
+def test_a_store_is_opened_with_few_requests(kind, tmp_path, monkeypatch):
+    """However many blocks there are, and so is found what is missing."""
+    asked = []
+    plain = RetryingStore.attempt
+
+    async def counting(self, what, request):
+        asked.append(what)
+        return await plain(self, what, request)
+
+    for number, blocks in enumerate((2, 60)):
+        starts = np.arange(blocks) * 32
+        path = tmp_path / f"{number}.zarr"
+        store = planned_store(path, Plan(32, starts, np.full(blocks, 32, np.int32)))
+        for block in range(blocks):
+            store.write_rows("tokens", block, np.arange(32))
+        store.publish()
+        for block in range(0, blocks, 2):
+            store._arrays["commits"][block] = 32
+        monkeypatch.setattr(RetryingStore, "attempt", counting)
+        asked.append("opening")
+        again = WritableStore.existing(f"file://{path}" if kind == "url" else str(path), {})
+        assert again.missing_blocks() == [*range(1, blocks, 2)]
+        assert again.plan_is_whole
+        assert again.tokens_per_block().tolist() == [32] * blocks
+        monkeypatch.undo()
+    first, second = "\n".join(asked).split("opening")[1:]
+    assert first.split() == second.split()
+    assert len(asked) < 60
