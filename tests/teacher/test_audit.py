@@ -112,8 +112,8 @@ def missing(rows: dict[str, Any], store: Store) -> None:
 
 def fill(rows: dict[str, Any], store: Store) -> None:
     """No row in use has fill values."""
+    empty = np.flatnonzero(rows["target_ids"][:, 0] < 0)
     for name in CAPTURED:
-        empty = np.flatnonzero(rows["target_ids"][:, 0] < 0)
         rows[name][empty] = rows[name][5]
 
 
