@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kills import children, freeze
+from tests.processes import children, freeze
 from tests.support import (
     build_model,
     command,

@@ -14,7 +14,7 @@ import torch
 
 from distill.errors import StorageError
 from distill.store.writable import WritableStore
-from tests.kills import committed
+from tests.processes import committed
 from tests.store.test_store import create, values
 from tests.support import command, environment, generate, remount, small_disk, tree, wait_for
 

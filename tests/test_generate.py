@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import committed, compare
+from tests.chaos import chaos
+from tests.processes import committed
 from tests.support import blocks_logged, command, environment, generate, tree, wait_for
 
 
@@ -55,10 +56,11 @@ def test_the_same_command_again_changes_nothing(
 
 
 @pytest.mark.timeout(600)
-def test_kills_lose_nothing(tmp_path: Path) -> None:
-    done = compare(tmp_path, kills=4, seed=7)
-    assert sum(done.values()) == 4, done
-    assert sum(count for name, count in done.items() if "between commits" in name) >= 2, done
+def test_faults_lose_nothing(tmp_path: Path) -> None:
+    done, stores = chaos(tmp_path, faults=6, seed=7)
+    assert sum(done.values()) == 6, done
+    assert sum(count for (_, _, moment), count in done.items() if moment == "between commits") >= 3, done
+    assert stores >= 2
 
 
 @pytest.mark.timeout(600)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from distill import TeacherCache, inspect
 from distill.errors import StoreError
-from tests.kills import children
+from tests.processes import children
 from tests.store.seaweedfs import Server
 from tests.support import command, environment, generate, has, tree, wait_for
 

@@ -16,7 +16,7 @@ import pytest
 
 from distill.config import GenerateConfig
 from distill.settings import load
-from tests.kills import committed
+from tests.processes import committed
 from tests.support import environment, generate, has, tree, wait_for
 
 SBATCH = Path(__file__).parent.parent / "launch" / "slurm.sbatch"

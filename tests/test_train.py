@@ -22,7 +22,7 @@ from distill.student.batches import split
 from distill.student.model import build, find
 from distill.student.optimizer import optimizer_of
 from distill.teacher.source import auto_class
-from tests.kills import children, freeze
+from tests.processes import children, freeze
 from tests.support import environment, has, save_model, tree, wait_for
 
 

@@ -19,7 +19,7 @@ from distill.run import nodes
 from distill.run.board import Board
 from distill.run.grid import Grid
 from distill.run.nodes import check_nodes
-from tests.kills import children, committed
+from tests.processes import children, committed
 from tests.support import blocks_logged, environment, generate, has, tree, wait_for
 
 

@@ -19,7 +19,7 @@ from distill.config import CacheConfig, OptimizerConfig, TrainBatchConfig, Train
 from distill.errors import ReaderError
 from distill.run.grid import Grid
 from distill.student.batches import StepBatches
-from tests.kills import children
+from tests.processes import children
 from tests.support import environment
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kills import children, committed, freeze
+from tests.processes import children, committed, freeze
 from tests.support import (
     blocks_logged,
     build_model,
