@@ -23,7 +23,7 @@ from distill.errors import ConfigError, DistillError, PeerError, StoreError, Use
 from distill.run import log
 from distill.settings import flat, load, secret_digests, to_yaml
 from distill.store.store import Store
-from tests.kills import children
+from tests.processes import children
 from tests.run.test_nodes import both
 from tests.support import build_model, command, environment, generate, make_tokenizer
 

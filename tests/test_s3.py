@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from distill import TeacherCache, inspect
 from distill.errors import StoreError
 from tests.processes import children
-from tests.store.seaweedfs import Server
+from tests.store.seaweedfs import Server, options_file
 from tests.support import command, environment, generate, has, tree, wait_for
 
 IMPATIENT = """
@@ -155,7 +155,7 @@ def test_a_mistake_is_one_line_everywhere(
     option, bucket, words = MISTAKES[mistake]
     name, value = option.split("=")
     path, options = f"s3://{bucket}/x.zarr", {**s3.options, name: value}
-    given = [f"store.options.{key}={option}" for key, option in options.items()]
+    given = [options_file(tmp_path / "options.yaml", options)]
     train = subprocess.Popen(
         [sys.executable, "-m", "distill.train", f"store.path={path}", "device=cpu", *given],
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,

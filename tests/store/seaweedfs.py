@@ -15,6 +15,12 @@ _PORTS = tuple(f"{part}.port{kind}" for part in ("master", "volume", "filer", "s
 _KEY, _SECRET = "AKIDTEST", "SECRETTEST"
 
 
+def options_file(file: Path, options: dict[str, Any]) -> str:
+    """A file of settings with these store.options, which a command line may not have: one is a secret."""
+    file.write_text(json.dumps({"store": {"options": options}}))  # JSON is YAML
+    return str(file)
+
+
 class Server:
     """A server with one bucket, named ``bucket``. Its ports stay the same from start to start."""
 
@@ -37,8 +43,8 @@ class Server:
 
     @property
     def arguments(self) -> list[str]:
-        """The options on a command line of distill."""
-        return [f"store.options.{name}={value}" for name, value in self.options.items()]
+        """The options, in a file, for a command line of distill."""
+        return [options_file(self._folder / "options.yaml", self.options)]
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
