@@ -72,13 +72,18 @@ class PeerError(DistillError, RuntimeError):
         self.ranks = ranks
 
 
+def hide_in(error: BaseException) -> None:
+    """Hide credentials in another library's error, which a traceback shows as the cause of ours."""
+    error.args = tuple(hide(arg) if isinstance(arg, str) else arg for arg in error.args)
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line: its first line, and the sentence that says what to do.
 
     That is one about a package, a permission or a login. An error without text, or with a bare key, is named.
-    Credentials are hidden, also in `error` itself, which a traceback shows as the cause of ours.
+    Credentials are hidden, in `error` itself too.
     """
-    error.args = tuple(hide(arg) if isinstance(arg, str) else arg for arg in error.args)
+    hide_in(error)
     lines = [line.strip() for line in hide(str(error)).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -355,7 +355,7 @@ def test_runs_leave_no_credential(texts: Callable[[int], Path], tmp_path: Path) 
     config_file(tmp_path, gone, dataset={"path": str(texts(40))}, capture={"k": 8}, teacher={"model": "good"})
     ran = generate(tmp_path, "keys.yaml", "store.path=s3://bucket/x.zarr", workers=None, timeout=240, **VARIABLES)
     assert ran.returncode != 0
-    assert f"http://{HIDDEN}@127.0.0.1:9/bucket" in ran.stderr
+    assert "error: store.path: cannot use s3://bucket/x.zarr: " in ran.stderr
     consoles.append(ran.stderr + ran.stdout)
     plan = generate(tmp_path, "--plan", "keys.yaml", "store.path=other.zarr", workers=None, timeout=240, **VARIABLES)
     assert "next" in plan.stdout

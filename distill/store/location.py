@@ -36,7 +36,11 @@ def locate(path: str, options: Mapping[str, Any], read_only: bool) -> RetryingSt
         from zarr.storage import ObjectStore
     except ImportError as error:
         raise StoreError(f"store.path: {path} needs obstore: pip install 'distill[s3]'") from error
-    given = {name: {**values, **options.get(name, {})} for name, values in _client_defaults(path, options).items()}
+    given = {}
+    for name, values in _client_defaults(path, options).items():
+        if not isinstance(own := options.get(name, {}), Mapping):
+            raise StoreError(f"store.options.{name}: expected a mapping, found a {type(own).__name__}")
+        given[name] = {**values, **own}
     try:
         client = obstore.store.from_url(path, **{**options, **given})
     except BaseException as error:  # Rust's panics, of options at a wrong place, are no Exceptions
@@ -73,7 +77,7 @@ def _hint(path: str, options: Mapping[str, Any]) -> str:
         return ""
     seen = " ".join([*options, *(name for name in os.environ if name.startswith("AWS_"))]).lower()
     signs = ("access_key", "skip_signature", "token", "role", "container_credentials")
-    keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or store.options.access_key_id and .secret_access_key"
+    keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or both below store.options in a YAML file"
     return "" if any(sign in seen for sign in signs) else f"; set {keys}, unless this machine has a role of its own"
 
 

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 
-from distill.errors import first_line
+from distill.errors import first_line, hide_in
 
 _TRANSIENT = {
     errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,
@@ -49,7 +49,8 @@ def is_transient(error: Exception) -> bool:
 
 
 def in_words(error: Exception) -> str:
-    """Why it failed, in one line, without addresses or keys."""
+    """Why it failed, in one line, without addresses or keys; these are hidden in `error` itself too."""
+    hide_in(error)
     if not _is_obstores(error) and not isinstance(error, FileNotFoundError):
         return (isinstance(error, OSError) and error.strerror) or (
             "no answer in time" if isinstance(error, TimeoutError) else first_line(error)
