@@ -30,7 +30,12 @@ _ANSWERS = {"AlreadyExistsError", "PreconditionError", "NotModifiedError", "NotS
 
 
 def is_about_storage(error: Exception) -> bool:
-    """Whether `error` says that a disk or a server fails; not where it is an answer, such as "not found"."""
+    """Whether `error` says that a disk or a server fails; not where it is an answer, such as "not found".
+
+    Nor where a file is shorter than what is asked of it: it is damaged.
+    """
+    if getattr(error, "errno", None) == errno.EINVAL or re.search("status code: 416|Wanted range", str(error)):
+        return False
     if isinstance(error, FileNotFoundError):  # a bucket that is not there is no answer to a question about an object
         return "<Code>NoSuchBucket</Code>" in str(error)
     return isinstance(error, OSError) or (_is_obstores(error) and type(error).__name__ not in _ANSWERS)
