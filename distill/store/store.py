@@ -34,12 +34,14 @@ class Store:
         self.block_rows = int(self.attributes["block_rows"])
 
     @classmethod
-    def open(cls, path: str, options: Mapping[str, Any]) -> Self | None:
-        """The store at `path`, a folder or a URL; None where there is nothing. options: of the object store's client.
+    def open(cls, path: str, options: Mapping[str, Any], known: bool = False) -> Self | None:
+        """The store at `path`, a folder or a URL; None where there is nothing.
+
+        options: of the object store's client. known: it was opened before; it is waited for as long as in a run.
 
         Raises StoreError where there is something else, or a format version that this program does not know.
         """
-        location = locate(path, options, read_only=cls._mode == "r")
+        location = locate(path, options, read_only=cls._mode == "r", known=known)
         if not is_group(path, location):
             return None
         zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1})  # the workers are the parallelism
@@ -59,9 +61,9 @@ class Store:
         return cls(group, path)
 
     @classmethod
-    def existing(cls, path: str, options: Mapping[str, Any]) -> Self:
+    def existing(cls, path: str, options: Mapping[str, Any], known: bool = False) -> Self:
         """The store at `path`. Raises StoreError as `open` does, and where there is none, or no complete plan."""
-        store = cls.open(path, options)
+        store = cls.open(path, options, known)
         if store is None or not store.published:
             raise StoreError(f"store.path: found no store at {path}")
         return store

@@ -46,7 +46,7 @@ class WritableStore(Store):
         Raises StoreError where the path cannot be written, or another run is writing there.
         """
         try:
-            location = locate(path, options, read_only=False)
+            location = locate(path, options, read_only=False, known=True)  # it was looked at before
             if (root := local_root(location)) is not None:
                 root.mkdir(parents=True, exist_ok=True)
             lock = _lock(location)
