@@ -66,7 +66,7 @@ class RowReader:
         self._open()
 
     def _open(self) -> _Opened:
-        store = Store.existing(self._place, self._options)
+        store = Store.existing(self._place, self._options, known=self._identity is not None)
         identity = [store.attributes.get(name) for name in ("fingerprint", "num_samples", "num_tokens")]
         if self._identity not in (None, identity):
             raise StoreError(

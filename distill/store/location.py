@@ -26,11 +26,15 @@ _PATIENCE_SECONDS = 3.0  # workers of a run that was just killed may still be en
 _MARKS = "zarr.json", "commits/zarr.json"  # a store that lacks one of them is damaged, and no other content
 
 
-def locate(path: str, options: Mapping[str, Any], read_only: bool) -> RetryingStore:
-    """The zarr store for a local path or a URL. options: of the object store's client. Raises StoreError."""
+def locate(path: str, options: Mapping[str, Any], read_only: bool, known: bool = False) -> RetryingStore:
+    """The zarr store for a local path or a URL. Raises StoreError.
+
+    options: of the object store's client. known: the place has answered before, to this process or to another.
+    """
     keep_secret(options)
     if "://" not in path:
-        return RetryingStore(LocalStore(Path(path).absolute(), read_only=read_only), path)  # still there after a chdir
+        root = Path(path).absolute()  # still there after a chdir
+        return RetryingStore(LocalStore(root, read_only=read_only), path, known)
     try:
         import obstore
         from zarr.storage import ObjectStore
@@ -47,7 +51,7 @@ def locate(path: str, options: Mapping[str, Any], read_only: bool) -> RetryingSt
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise StoreError(f"store.path: cannot use {path}: {first_line(error)}") from error
-    return RetryingStore(ObjectStore(client, read_only=read_only), path, _hint(path, options))
+    return RetryingStore(ObjectStore(client, read_only=read_only), path, known, _hint(path, options))
 
 
 def local_root(location: Any) -> Path | None:

@@ -39,12 +39,12 @@ class RetryingStore(WrapperStore[Store]):
     before_writing: called before each change, and may raise.
     """
 
-    def __init__(self, store: Store, path: str, hint: str = "") -> None:
-        """path: as the user named it. hint: added where nothing answers, with what leads to it."""
+    def __init__(self, store: Store, path: str, known: bool = False, hint: str = "") -> None:
+        """path: as the user named it. known: it has answered before. hint: added where nothing answers."""
         super().__init__(store)
         self.path, self._hint = path, hint
         self.before_writing: Callable[[], None] = lambda: None
-        self._answered = False
+        self._answered = known
         self._repeated = 0  # requests that are being repeated now
 
     @property
@@ -53,7 +53,7 @@ class RetryingStore(WrapperStore[Store]):
         return self._store
 
     def _with_store(self, store: Store) -> "RetryingStore":
-        return RetryingStore(store, self.path, self._hint)
+        return RetryingStore(store, self.path, self._answered, self._hint)
 
     async def attempt(self, what: str, request: Callable[[], Awaitable[T]]) -> T:
         """What `request` returns, after as many trials as that takes. what: it does, as in "read tokens/c/0"."""

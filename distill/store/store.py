@@ -58,13 +58,15 @@ class Store:
         self._first_starts: dict[int, int] = {}  # of chunks of sample_start
 
     @classmethod
-    def open(cls, path: str, options: Mapping[str, Any]) -> Self | None:
-        """The store at `path`, a folder or a URL; None where there is nothing. options: of the object store's client.
+    def open(cls, path: str, options: Mapping[str, Any], known: bool = False) -> Self | None:
+        """The store at `path`, a folder or a URL; None where there is nothing.
+
+        options: of the object store's client. known: it was opened before; it is waited for as long as in a run.
 
         Raises StoreError where there is something else, a format version that this program does not know, or metadata
         that does not match its digest.
         """
-        location = locate(path, options, read_only=cls._mode == "r")
+        location = locate(path, options, read_only=cls._mode == "r", known=known)
         if not is_group(path, location):
             return None
         # Locally the workers are the parallelism; a server answers many requests as fast as one.
@@ -79,9 +81,9 @@ class Store:
             raise DamageError(path, f"its metadata is not that of a store: {first_line(error)}") from error
 
     @classmethod
-    def existing(cls, path: str, options: Mapping[str, Any]) -> Self:
+    def existing(cls, path: str, options: Mapping[str, Any], known: bool = False) -> Self:
         """The store at `path`. Raises StoreError as `open` does, and where there is none, or no complete plan."""
-        store = cls.open(path, options)
+        store = cls.open(path, options, known)
         if store is None or not store.published:
             raise StoreError(f"store.path: found no store at {path}")
         return store

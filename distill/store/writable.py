@@ -47,7 +47,7 @@ class WritableStore(Store):
         digests = {name: array_digest(document) for name, document in documents.items()}
         whole = {"format": FORMAT, "version": VERSION, **attributes, "complete": False, "arrays": digests}
         try:
-            location = locate(path, options, read_only=False)
+            location = locate(path, options, read_only=False, known=True)  # it was looked at before
             if (root := local_root(location)) is not None:
                 root.mkdir(parents=True, exist_ok=True)
             lock = _lock(location)

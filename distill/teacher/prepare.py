@@ -98,7 +98,7 @@ def plan_job(
     if grid.rank > 0:
         if not (note := board.wait("job")):
             return None
-        store = WritableStore.open(config.store.path, config.store.options)
+        store = WritableStore.open(config.store.path, config.store.options, known=True)
         if store is None or not store.published:
             raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
         return Job.of_note(note, store)

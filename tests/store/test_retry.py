@@ -189,6 +189,10 @@ def test_patience_ends(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     failures += [of(errno.ESTALE)] * 10_000
     with pytest.raises(StoreError, match=r"^store.path: cannot use x.zarr: Stale file handle$"):
         read(never, "b")
+    known = RetryingStore(never.inner, "x.zarr", known=True)  # of a worker or a reader that opens it later
+    failures[:] = [of(errno.ESTALE)] * 10_000
+    with pytest.raises(StorageError, match="tried for 1 s"):
+        read(known, "b")
 
 
 def test_an_outage_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

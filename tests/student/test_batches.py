@@ -1,5 +1,6 @@
 """What the steps of a run read, on machines as people have them: long TMPDIR, few descriptors, a small /dev/shm."""
 
+import errno
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ import torch
 
 from distill import TeacherCache
 from distill.config import CacheConfig, OptimizerConfig, TrainBatchConfig, TrainConfig
-from distill.errors import ReaderError
+from distill.errors import ReaderError, StorageError
 from distill.run.grid import Grid
 from distill.student.batches import StepBatches
 from tests.processes import children
@@ -85,6 +86,20 @@ from tests.student.test_batches import steps_of
 step = next(steps_of(sys.argv[1], 1, accumulate=5, samples=200))
 print(sum(values.numel() * values.element_size() for batch in step for values in batch.values()))
 """
+
+
+def test_a_store_that_fails_a_reader_is_told_in_its_words(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the reader's traceback; and as what it is: an outage (status 1), not bad input (status 2)."""
+    steps = steps_of(small_store, readers=1, samples=2)
+
+    async def get(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("zarr.storage.LocalStore.get", get)  # before the reader is forked
+    with pytest.raises(StorageError) as raised:
+        next(steps)
+    assert str(raised.value).count("\n") == 0, raised.value
+    assert "Input/output error" in str(raised.value)
 
 
 def test_a_small_shared_memory(small_store: Path) -> None:
