@@ -14,8 +14,10 @@ is complete and sound, 1 it is not, 2 bad usage or no store.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,11 @@ def main(arguments: Sequence[str]) -> int:
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenProcessPool:
+        print("error: one of the processes that verify was killed; was there enough memory?", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def ask_teacher(path: str, config: GenerateConfig) -> int:
@@ -75,7 +82,10 @@ def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:
     if problems:
         restore_metadata(path, options, problems)
         print(f"{path}: restored {', '.join(problem.where for problem in problems)}")
-    store = Store.existing(path, options)
+    store = Store.open(path, options)
+    if store is None or not store.published:
+        print(f"{path}: nothing is there yet: its plan was interrupted; run distill.generate again")
+        return 1
     problems = plan_problems(store)
     table_is_sound = not any(problem.where.startswith("sample") for problem in problems)
     sums_are_sound = not any(problem.where.startswith("plan_checksums") for problem in problems)

@@ -9,17 +9,24 @@ from distill.errors import StoreError
 from distill.store.location import locate
 from distill.store.metadata import put
 from distill.store.soundness import Problem
-from distill.store.writable import WritableStore
+from distill.store.writable import WritableStore, lock_of
 
 
 def restore_metadata(path: str, options: Mapping[str, Any], problems: Sequence[Problem]) -> None:
-    """Write again each zarr.json that follows from the others. Raises StoreError where one of them does not."""
+    """Write again each zarr.json that follows from the others.
+
+    Raises StoreError where one of them does not, and where another run is writing.
+    """
     if left := [str(problem) for problem in problems if problem.document is None]:
         raise StoreError(f"{path}: cannot be repaired: {'; '.join(left)}")
     location = locate(path, options, read_only=False)
-    for problem in problems:
-        if problem.document is not None:
-            put(location, *problem.document)
+    lock = lock_of(location)
+    try:
+        for problem in problems:
+            if problem.document is not None:
+                put(location, *problem.document)
+    finally:
+        lock.release()
 
 
 def take_back(path: str, options: Mapping[str, Any], problems: Sequence[Problem]) -> None:
@@ -29,8 +36,11 @@ def take_back(path: str, options: Mapping[str, Any], problems: Sequence[Problem]
     """
     store = WritableStore.existing(path, options)
     store.lock()
-    store.reopen()  # first: a store that says complete is complete
-    for block in {problem.block for problem in problems if problem.block is not None}:
-        store.take_back(block)
-    for key in {key for problem in problems for key in problem.keys}:
-        sync(store.location.delete(key))
+    try:
+        store.reopen()  # first: a store that says complete is complete
+        for block in {problem.block for problem in problems if problem.block is not None}:
+            store.take_back(block)
+        for key in {key for problem in problems for key in problem.keys}:
+            sync(store.location.delete(key))
+    finally:
+        store.unlock()

@@ -50,7 +50,7 @@ class WritableStore(Store):
             location = locate(path, options, read_only=False, known=True)  # it was looked at before
             if (root := local_root(location)) is not None:
                 root.mkdir(parents=True, exist_ok=True)
-            lock = _lock(location)
+            lock = lock_of(location)
             if sync(location.exists("commits/zarr.json")):
                 raise StoreError(f"store.path: another run has begun {path} meanwhile; run the same command again")
             sync(location.delete("zarr.json"))
@@ -70,7 +70,12 @@ class WritableStore(Store):
 
     def lock(self) -> None:
         """Keep other runs out, as long as this object lives. Raises StoreError where another run is writing."""
-        self._lock = _lock(self.location)
+        self._lock = lock_of(self.location)
+
+    def unlock(self) -> None:
+        """Let other runs in again."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _begin_plan(self) -> None:
         shape = self._arrays["plan_checksums"].shape
@@ -133,8 +138,7 @@ class WritableStore(Store):
             for stale in root.rglob("*.partial"):
                 stale.unlink()
         self._mark(complete=True)
-        if self._lock is not None:
-            self._lock.release()  # a lease is no part of a complete store
+        self.unlock()  # a lease is no part of a complete store
 
     def reopen(self) -> None:
         """Mark a complete store, of which something is missing or was taken back, as not complete."""
@@ -228,7 +232,7 @@ class WritableStore(Store):
         return local_root(self.location)
 
 
-def _lock(location: Any) -> Lock | Lease:
+def lock_of(location: Any) -> Lock | Lease:
     """What keeps other runs out, as long as it lives."""
     root = local_root(location)
     return Lock(root, "store.path", StoreError) if root is not None else Lease(location)

@@ -142,6 +142,9 @@ def test_what_cannot_be_repaired_is_said(tmp_path: Path, capsys: pytest.CaptureF
     for arguments in ([str(path)], [str(path), "--repair"]):
         assert main(arguments) == 2
         assert "there is no copy of its attributes in commits/zarr.json" in capsys.readouterr().err
+    WritableStore.create(str(tmp_path / "begun"), {}, ATTRIBUTES, masked=False, codec="portable")
+    assert main([str(tmp_path / "begun")]) == 1
+    assert "its plan was interrupted; run distill.generate again" in capsys.readouterr().out
     for arguments, message in (([], "expected one store, found 0"), ([str(tmp_path / "nothing")], "found no store at")):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
