@@ -28,7 +28,7 @@ from zarr.core.sync import sync
 from zarr.storage import StorePath
 
 from distill.errors import DistillError, StoreError, first_line
-from distill.store.location import is_group, locate
+from distill.store.location import is_group, local_root, locate
 from distill.store.metadata import DamageError, Document, keys_below, read_metadata
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE, inner_rows
 
@@ -205,12 +205,15 @@ class Store:
         """[B]: whether there is a chunk for each block of an array of one axis, from a listing."""
         try:
             names = keys_below(self.location, f"{name}/c")
+            blocks = [int(found) for found in names if found.isdecimal() and int(found) < self.num_blocks]
+            if (root := local_root(self.location)) is not None:  # a power cut may leave an empty file
+                blocks = [block for block in blocks if (root / f"{name}/c/{block}").stat().st_size > 0]
         except DistillError:
             raise
         except Exception as error:  # the file system's, or an object store client's own
             raise StoreError(f"{self.path}: cannot list {name}: {first_line(error)}") from error
         there = np.zeros(self.num_blocks, bool)
-        there[[int(found) for found in names if found.isdecimal() and int(found) < self.num_blocks]] = True
+        there[blocks] = True
         return there
 
     def _fetch(self, wanted: Sequence[tuple[str, int, int]]) -> list[NDArray[Any]]:

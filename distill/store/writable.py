@@ -114,13 +114,9 @@ class WritableStore(Store):
         """Make sure that the block's shards of all captured arrays are on disk, then say that the block is there."""
         parts = [self._block_checksums.pop((block, name)) for name in CAPTURED]
         self._arrays["checksums"][block] = np.concatenate(parts)
-        if (root := self._local_root) is not None:
-            for name in (*CAPTURED, "checksums"):
-                file = root / name / self._chunk_key(name, block)
-                if file.exists():  # a chunk of nothing but fill values is not
-                    # zarr renames a finished file into place, but the system writes it when it likes
-                    fsync(file, *(folder for folder in file.parents if folder.is_relative_to(root / name)))
+        self._flush(block, *CAPTURED, "checksums")
         self._arrays["commits"][block] = num_rows
+        self._flush(block, "commits")
 
     def block_bytes(self, block: int, names: Iterable[str]) -> int:
         """Bytes on disk of one block of the named arrays."""
@@ -188,6 +184,16 @@ class WritableStore(Store):
     def take_back(self, block: int) -> None:
         """Remove the commit of a block, so that it is made again."""
         sync(self.location.delete(f"commits/{self._chunk_key('commits', block)}"))
+
+    def _flush(self, block: int, *names: str) -> None:
+        """On a local disk: zarr renames a finished file into place, but the system writes it when it likes."""
+        root = self._local_root
+        if root is None:
+            return
+        for name in names:
+            file = root / name / self._chunk_key(name, block)
+            if file.exists():  # a chunk of nothing but fill values is not
+                fsync(file, *(folder for folder in file.parents if folder.is_relative_to(root / name)))
 
     def _mark(self, complete: bool) -> None:
         self.attributes["complete"] = complete

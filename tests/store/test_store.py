@@ -150,6 +150,8 @@ def test_chunks_that_are_damaged_missing_or_anothers_are_errors(tmp_path):
         with pytest.raises(StoreError, match=r"damaged: target_logprobs(, | of )block 0.*distill.verify"):
             store.read_rows("target_logprobs", 0, 32)
         assert (store.read_rows("target_logprobs", 32, 52) == values() - 1).all()
+    (folder / "commits/c/1").write_bytes(b"")  # as a power cut may leave it
+    assert Store.existing(str(folder), {}).missing_blocks() == [1]
     for name in ("sample_start", "sample_length", "sample_index"):
         (folder / name / "c/0").unlink()
         with pytest.raises(StoreError, match=f"damaged: {name}, chunk 0 does not match"):
