@@ -106,7 +106,7 @@ class TeacherCache(Dataset[Sample]):
             raise IndexError(f"{self.path}: expected a sample from {-len(self)} to {len(self) - 1}, found {which}")
         position = range(len(self))[which]
         rows = self._reader.read_sample(*self._index.rows(position))
-        return to_sample(self._index.number(position), rows, self.path)
+        return to_sample(self._index.number(position), rows)
 
     def split(self, num_samples: int, seed: int = 0) -> "tuple[TeacherCache, TeacherCache]":
         """Two caches: one without about `num_samples` random samples, and one with these samples only.

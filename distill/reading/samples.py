@@ -144,19 +144,14 @@ class RowReader:
         return chunk
 
 
-def as_stored(number: int, rows: Rows, where: str) -> Sample:
-    """The rows of one sample as tensors with the store's own dtypes: half the memory; `collate` widens them.
-
-    Raises StoreError where rows in use hold fill values: a chunk is missing.
-    """
-    if (rows["tokens"] < 0).any() or np.isnan(rows["logsumexp"]).any():
-        raise StoreError(f"{where}: sample {number} has empty rows: a chunk is missing, the store is damaged")
+def as_stored(number: int, rows: Rows) -> Sample:
+    """The rows of one sample as tensors with the store's own dtypes: half the memory; `collate` widens them."""
     return {"sample": number, **{name: torch.from_numpy(values) for name, values in rows.items()}}
 
 
-def to_sample(number: int, rows: Rows, where: str) -> Sample:
+def to_sample(number: int, rows: Rows) -> Sample:
     """The same, with the dtypes of the table above."""
-    sample = as_stored(number, rows, where)
+    sample = as_stored(number, rows)
     for name in rows:
         if name != "loss_mask":
             sample[name] = sample[name].float() if sample[name].is_floating_point() else sample[name].long()

@@ -133,4 +133,4 @@ class ShuffledBatches(IterableDataset[Batch]):
     def _sample(self, position: int, first_row: int, rows: Rows) -> Sample:
         start, stop = self._index.rows(position)
         found = {name: values[start - first_row : stop - first_row] for name, values in rows.items()}
-        return as_stored(self._index.number(position), found, self._reader.path)
+        return as_stored(self._index.number(position), found)
