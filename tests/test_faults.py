@@ -15,7 +15,7 @@ import torch
 from distill.errors import StorageError
 from distill.store.writable import WritableStore
 from tests.processes import committed
-from tests.store.test_store import create, values
+from tests.store.test_store import create, fill
 from tests.support import command, environment, generate, remount, small_disk, tree, wait_for
 
 
@@ -68,11 +68,10 @@ def test_a_flush_that_fails_is_no_commit(tmp_path: Path, monkeypatch: pytest.Mon
         asked.append(descriptor)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    store.write_rows("target_logprobs", 0, values())
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", fsync)
-        with pytest.raises(StorageError, match=r"cannot flush .*x.zarr/target_logprobs/c/0/0 to disk: Input/output"):
-            store.commit(0, 20, ["target_logprobs"])
+        with pytest.raises(StorageError, match=r"cannot flush .*x.zarr/target_ids/c/0/0 to disk: Input/output"):
+            fill(store, 0)
     assert len(asked) == 1
     again = WritableStore.open(str(tmp_path / "x.zarr"), {})
     assert again is not None
