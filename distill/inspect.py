@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distill.config import GenerateConfig
 from distill.data.show import marked
-from distill.errors import ConfigError, UserError
+from distill.errors import ConfigError, DistillError, UserError
 from distill.run.log import adapt_to_machine
 from distill.settings import expand, load, split
 from distill.store.store import Store
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str]) -> int:
         if len(paths) != 1:
             raise ConfigError(f"expected one store, or folders of training runs, found {len(paths)} paths; {_USAGE}")
         print(describe(Store.existing(paths[0], load(GenerateConfig, settings).store.options)))
-    except UserError as error:
+    except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

@@ -13,6 +13,7 @@ is complete and sound, 1 it is not, 2 bad usage or no store.
            where it was
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from distill.config import GenerateConfig
 from distill.errors import ConfigError, DistillError, UserError
 from distill.run.log import adapt_to_machine
 from distill.settings import expand, load, split
-from distill.store.repair import restore_metadata, take_back
+from distill.store.repair import no_other_run, restore_metadata, take_back
 from distill.store.soundness import BlockCheck, Problem, block_problems, metadata_problems, plan_problems
 from distill.store.store import Store
 
@@ -50,7 +51,10 @@ def main(arguments: Sequence[str]) -> int:
         if len(paths) != 1 or paths[0].startswith("-"):
             raise ConfigError(f"expected one store, found {len(paths)} ({' '.join(paths)}); {_USAGE}")
         config = load(GenerateConfig, settings)
-        status = verify(paths[0], config.store.options, repair="--repair" in arguments)
+        repair = "--repair" in arguments
+        metadata_problems(paths[0], config.store.options)  # is there a store?
+        with no_other_run(paths[0], config.store.options) if repair else contextlib.nullcontext():
+            status = verify(paths[0], config.store.options, repair)
         return ask_teacher(paths[0], config) if "--teacher" in arguments and status == 0 else status
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)

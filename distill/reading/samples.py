@@ -62,16 +62,16 @@ class RowReader:
     def __init__(self, path: str, options: Mapping[str, Any]) -> None:
         self.path, self._options = expand(path, "store.path"), dict(options)
         self._place = self.path if "://" in self.path else str(Path(self.path).absolute())
-        self._identity: list[Any] | None = None
+        self._identity: str | None = None
         self._open()
 
     def _open(self) -> _Opened:
         store = Store.existing(self._place, self._options, known=self._identity is not None)
-        identity = [store.attributes.get(name) for name in ("fingerprint", "num_samples", "num_tokens")]
+        identity = str(store.attributes["digest"])
         if self._identity not in (None, identity):
             raise StoreError(
-                f"{self.path}: expected the store {self._identity[0]} that was opened first, found the store "
-                f"{identity[0]} at {self._place}"
+                f"{self.path}: expected the store {self._identity} that was opened first, found the store "
+                f"{identity} at {self._place}"
             )
         there = store.array_names()
         self._identity = identity

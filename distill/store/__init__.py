@@ -8,7 +8,7 @@ schema       CAPTURED, INNER_ROWS: which arrays there are
 codecs       how an array is cut and compressed
 metadata     the zarr.json of the group and of each array, and their digests
 soundness    BlockCheck, Problem, block_problems, metadata_problems, plan_problems: is all as the format promises?
-repair       restore_metadata, take_back: what is damaged is made again
+repair       no_other_run, restore_metadata, take_back: what is damaged is made again
 location     check_writable, Lock, fsync: local folders, object stores, locks, what is safely on disk
 retry        RetryingStore: what fails for a while is tried again
 reasons      why a disk or a server failed, in words

@@ -100,9 +100,7 @@ class _Holder:
                 if self._over.is_set():
                     return
                 try:
-                    self._renew()
-                except self._refused:
-                    self._lost = not self._is_ours()
+                    self._lost = not self._renew()
                 except FileNotFoundError:
                     self._lost = True
                 except Exception as error:  # the server is away: the store's own requests say so
@@ -113,19 +111,22 @@ class _Holder:
         if os.getpid() != self._process:  # a fork's end is not ours
             return
         self._over.set()
-        with self._busy:
-            try:
-                if self._is_ours():
-                    self._obstore.delete(self._client, LEASE)
-            except Exception as error:  # it will be found unchanged, and taken over
-                logger.debug("the lease could not be deleted: %s", error)
+        if not self._busy.acquire(timeout=_RENEWAL_SECONDS):  # the server does not answer
+            return
+        try:
+            if self._is_ours():
+                self._obstore.delete(self._client, LEASE)
+        except Exception as error:  # it will be found unchanged, and taken over
+            logger.debug("the lease could not be deleted: %s", error)
+        finally:
+            self._busy.release()
 
     def _create(self) -> bool:
         """Whether there was none, and now there is ours."""
         try:
             self._version = _version(self._ask(lambda: self._put("create")))
         except self._refused:
-            return self._is_ours()  # of a request whose answer was lost
+            return self._holds()  # of a request whose answer was lost
         return True
 
     def _take_over(self) -> bool:
@@ -134,6 +135,11 @@ class _Holder:
         if found is None:
             return False
         seen, since = found[1], time.monotonic()
+        if not _is_gone(found[0]):
+            logger.info(
+                "store: %s has a lease of another run; watching for %g s whether it lives",
+                self._location.path, _DEAD_SECONDS,
+            )  # fmt: skip
         while not _is_gone(found[0]) and time.monotonic() - since < _DEAD_SECONDS:
             time.sleep(_LOOK_SECONDS)
             asked = time.monotonic()
@@ -145,10 +151,14 @@ class _Holder:
             if time.monotonic() - asked > _RENEWAL_SECONDS:  # the server was away, for its holder too
                 since = time.monotonic()
         logger.info("store: the run that was writing %s is gone: going on in its place", self._location.path)
+        return self._update(seen)
+
+    def _update(self, seen: dict[str, str]) -> bool:
+        """Whether ours is in the place of what was `seen`."""
         try:
             self._version = _version(self._ask(lambda: self._put(seen)))
         except self._refused:
-            return self._is_ours()
+            return self._holds()
         return True
 
     def _is_kept(self) -> bool:
@@ -156,7 +166,9 @@ class _Holder:
         if self._succeeds("create"):
             return False
         before = self._version
-        self._renew()
+        self._content["renewed"] += 1
+        if not self._update(before):
+            raise StoreError(f"store.path: another run is writing {self._location.path}; wait for it, or stop it")
         return not self._succeeds(before)
 
     def _succeeds(self, mode: Any) -> bool:
@@ -166,12 +178,25 @@ class _Holder:
             return False
         return True
 
-    def _renew(self) -> None:
+    def _renew(self) -> bool:
+        """Whether it is still ours, and was renewed, perhaps by a request whose answer was lost."""
         self._content["renewed"] += 1
-        self._version = _version(self._obstore.put(self._client, LEASE, self._bytes(), mode=self._version))
+        try:
+            self._version = _version(self._obstore.put(self._client, LEASE, self._bytes(), mode=self._version))
+        except self._refused:
+            return self._is_ours()
+        return True
+
+    def _holds(self) -> bool:
+        """As `_is_ours`, and asked for as patiently as all the store's requests."""
+        found = self._read()
+        if found is None or found[0].get("run") != self._content["run"]:
+            return False
+        self._version = found[1]
+        return True
 
     def _is_ours(self) -> bool:
-        """Whether what is there now is what this run has written."""
+        """Whether what is there now is what this run has written. Asks once."""
         found = self._obstore.get(self._client, LEASE)
         if _parsed(bytes(found.bytes())).get("run") != self._content["run"]:
             return False
@@ -223,6 +248,7 @@ def _this_process() -> dict[str, Any]:
         return {
             "host": socket.gethostname(),
             "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "user": os.getuid(),
             "pids": str(Path("/proc/self/ns/pid").readlink()),
             "pid": os.getpid(),
             "started": _started(os.getpid()),
@@ -234,7 +260,7 @@ def _this_process() -> dict[str, Any]:
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether the process that wrote this was one of this machine, and is no more."""
     here = _this_process()
-    if not here or any(holder.get(name) != here[name] for name in ("boot", "pids")):
+    if not here or any(holder.get(name) != here[name] for name in ("boot", "pids", "user")):
         return False
     try:
         return holder.get("started") != _started(int(holder["pid"]))

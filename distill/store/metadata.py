@@ -18,6 +18,7 @@ from zarr.storage import MemoryStore
 
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.codecs import CODECS, create_array
+from distill.store.location import fsync, local_root
 from distill.store.schema import FORMAT, VERSION, array_specs
 
 Document = dict[str, Any]
@@ -78,9 +79,20 @@ def exist(location: Any, keys: list[str]) -> list[bool]:
     return list(sync(gather()))
 
 
+def sizes(location: Any, keys: list[str]) -> int:
+    """The bytes of several keys of a zarr store together, asked for together."""
+
+    async def gather() -> list[int]:
+        return list(await asyncio.gather(*(location.getsize(key) for key in keys)))
+
+    return sum(sync(gather()))
+
+
 def put(location: Any, key: str, document: Document) -> None:
-    """Write a zarr.json."""
+    """Write a zarr.json, and make sure that it is on disk."""
     sync(location.set(key, default_buffer_prototype().buffer.from_bytes(encode(document))))
+    if (root := local_root(location)) is not None:
+        fsync(root / key, (root / key).parent, root)
 
 
 def keys_below(location: Any, prefix: str) -> list[str]:
@@ -109,6 +121,8 @@ def problem_of_group(content: bytes | None) -> str:
     except ValueError:
         return "is no JSON object"
     attributes = document.get("attributes", {})
+    if isinstance(attributes, dict) and "format" in attributes and "digest" not in attributes:
+        return "has no digest: it is damaged, or an older distill has made it, whose stores have to be made again"
     if not is_sealed(attributes):
         return "does not match its digest"
     return "" if document == group_document(attributes) else "is not what distill writes"
@@ -159,17 +173,17 @@ def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, D
         content, commits = get(location, ["zarr.json", "commits/zarr.json"])
         attributes = _own_attributes(path, content, commits)
         if commits is None:
-            if keys_below(location, "commits/c"):
-                raise DamageError(path, "commits/zarr.json is missing")
+            if not was_interrupted(location, attributes):
+                raise damage(path, "commits/zarr.json is missing")
             return attributes, {}
         names = list(attributes["arrays"])
         contents = dict(zip(names, get(location, [f"{name}/zarr.json" for name in names]), strict=True))
         for name in names:
             if problem := problem_of_array(name, contents[name], attributes):
-                raise DamageError(path, f"{name}/zarr.json {problem}")
+                raise damage(path, f"{name}/zarr.json {problem}")
         copy = parsed(contents["commits"])["attributes"]
         if {**copy, "complete": attributes["complete"]} != attributes:
-            raise DamageError(path, "zarr.json and commits/zarr.json are of two stores")
+            raise damage(path, "zarr.json and commits/zarr.json are of two stores")
         return attributes, {name: parsed(contents[name]) for name in names}
     except DistillError:
         raise
@@ -177,32 +191,41 @@ def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, D
         raise StoreError(f"store.path: cannot open {path}: {first_line(error)}") from error
 
 
+def was_interrupted(location: Any, attributes: Mapping[str, Any]) -> bool:
+    """Whether a store without commits/zarr.json is one whose plan was interrupted. Otherwise that was lost."""
+    begun = any(keys_below(location, f"{name}/c") for name in ("commits", "checksums"))
+    return not attributes["complete"] and not begun
+
+
 def _own_attributes(path: str, content: bytes | None, commits: bytes | None) -> dict[str, Any]:
     try:
         attributes: Any = parsed(content).get("attributes")
     except ValueError as error:
-        raise DamageError(path, f"zarr.json {problem_of_group(content)}") from error
-    known = isinstance(attributes, dict) and "format" in attributes
-    if not known and commits is None:
-        found = attributes.get("format") if isinstance(attributes, dict) else None
-        raise StoreError(f"store.path: expected a {FORMAT} at {path}, found another Zarr group (format {found!r})")
-    if known and attributes["format"] == FORMAT and attributes.get("version") != VERSION:
+        raise damage(path, f"zarr.json {problem_of_group(content)}") from error
+    found = attributes if isinstance(attributes, dict) else {}
+    if found.get("format") != FORMAT and commits is None:
         raise StoreError(
-            f"store.path: expected format version {VERSION} at {path}, found {attributes.get('version')!r}"
+            f"store.path: expected a {FORMAT} at {path}, found another Zarr group (format {found.get('format')!r})"
         )
+    if found.get("format") == FORMAT and found.get("version") != VERSION:
+        raise StoreError(f"store.path: expected format version {VERSION} at {path}, found {found.get('version')!r}")
     if problem := problem_of_group(content):
-        raise DamageError(path, f"zarr.json {problem}")
+        raise damage(path, f"zarr.json {problem}")
     return dict(attributes)
 
 
 class DamageError(StoreError):
-    """The error for a damaged store. what: is damaged, in short; the message also says what to do."""
+    """The error for a damaged store. what: is damaged, in short; the message also says what to do.
 
-    def __init__(self, path: str, what: str) -> None:
-        super().__init__(
-            f"{path}: damaged: {what}; python -m distill.verify {path} names all damage, and --repair takes it back"
-        )
-        self.path, self.what = path, what
+    It is made of a message alone too: torch does so with what a reader raised.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DamageError, (self.path, self.what)
+    def __init__(self, message: str, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what
+
+
+def damage(path: str, what: str) -> DamageError:
+    """The error for the store at `path`, in which `what` is damaged."""
+    to_do = f"python -m distill.verify {path} names all damage, and --repair takes it back"
+    return DamageError(f"{path}: damaged: {what}; {to_do}", what)

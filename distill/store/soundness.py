@@ -20,6 +20,7 @@ from distill.store.metadata import (
     Document,
     array_digest,
     array_documents,
+    damage,
     get,
     group_document,
     is_sealed,
@@ -27,6 +28,7 @@ from distill.store.metadata import (
     parsed,
     problem_of_array,
     problem_of_group,
+    was_interrupted,
 )
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE
 from distill.store.store import Store
@@ -76,14 +78,14 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
     wrong = problem_of_group(content)
     copies = [attributes for attributes in map(_attributes, (content, commits)) if is_sealed(attributes)]
     if not copies:
-        raise DamageError(path, f"zarr.json {wrong}, and there is no copy of its attributes in commits/zarr.json")
+        raise damage(path, f"zarr.json {wrong}, and there is no copy of its attributes in commits/zarr.json")
     attributes = copies[0]
     plan_attributes = {**attributes, "complete": False}
     problems = []
     if wrong:
         problems.append(Problem("zarr.json", wrong, document=("zarr.json", group_document(plan_attributes))))
-    if commits is None and not keys_below(location, "commits/c"):
-        return problems  # the plan was interrupted: there is nothing yet
+    if commits is None and was_interrupted(location, attributes):
+        return problems  # there is nothing yet
     names = list(attributes["arrays"])
     fresh: dict[str, Document] = {}
     for name, found in zip(names, get(location, [f"{name}/zarr.json" for name in names]), strict=True):
@@ -125,8 +127,8 @@ def _chunk_problems(store: Store, name: str) -> list[Problem]:
     for key, start in zip(store.chunk_keys(name), range(0, size, each), strict=True):
         try:
             store.read_rows(name, start, min(start + each, size))
-        except DamageError as damage:
-            problems.append(Problem(damage.what, "", keys=(key,)))
+        except DamageError as error:
+            problems.append(Problem(error.what, "", keys=(key,)))
     return problems
 
 
@@ -179,10 +181,10 @@ class BlockCheck:
             for name in (*names, *(CAPTURED if committed else ())):
                 try:
                     rows[name] = store.read_rows(name, start + first, start + last)
-                except DamageError as damage:
+                except DamageError as error:
                     planned = name in PLANNED
                     keys = (store.chunk_keys(name)[block],) if planned else ()
-                    damaged[name] = Problem(f"block {block}:", damage.what, None if planned else block, keys)
+                    damaged[name] = Problem(f"block {block}:", error.what, None if planned else block, keys)
             if used is not None and len(rows) == len(names) + committed * len(CAPTURED):
                 here = {name: values[used[first:last]] for name, values in rows.items()}
                 broken |= {*broken_rules(here, store.attributes)}
@@ -194,8 +196,8 @@ class BlockCheck:
     def _commit(self, store: Store, block: int) -> str:
         try:
             rows = int(store.read_rows("commits", block, block + 1)[0])
-        except DamageError as damage:
-            return damage.what
+        except DamageError as error:
+            return error.what
         expected = rows if self.tokens is None else int(self.tokens[block])
         return "" if rows == expected else f"commits says {rows} rows, its samples have {expected}"
 
@@ -251,13 +253,17 @@ def block_problems(
             yield from found
 
 
-_opened: list[tuple[Store, BlockCheck]] = []
+_told: list[tuple[str, Mapping[str, Any], BlockCheck]] = []
+_opened: list[Store] = []
 
 
-def _begin(path: str, options: Mapping[str, Any], check: BlockCheck) -> None:
-    _opened.append((Store.existing(path, options), check))
+def _begin(*told: Any) -> None:
+    _told.append(told)
 
 
 def _work(blocks: Sequence[int]) -> list[tuple[int, list[Problem]]]:
-    (store, check), *_ = _opened
+    ((path, options, check),) = _told
+    if not _opened:  # here, where an error is the caller's
+        _opened.append(Store.existing(path, options, known=True))
+    (store,) = _opened
     return [(block, check.problems(store, block)) for block in blocks]

@@ -10,6 +10,7 @@ R rows, S samples, B blocks.
 
 import asyncio
 import hashlib
+import os
 import sys
 import threading
 import warnings
@@ -29,7 +30,7 @@ from zarr.storage import StorePath
 
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.location import is_group, local_root, locate
-from distill.store.metadata import DamageError, Document, keys_below, read_metadata
+from distill.store.metadata import Document, damage, keys_below, read_metadata
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE, inner_rows
 
 # zarr warns of pcodec each time an array is opened; docs/format.md says it once.
@@ -51,10 +52,12 @@ class Store:
         self.num_blocks, self.num_samples = int(attributes["num_blocks"]), int(attributes["num_samples"])
         self.inner_rows = inner_rows(attributes)
         """Rows of an inner chunk: the smallest piece that can be decompressed and checked."""
+        self.seed = zlib.crc32(str(attributes["fingerprint"]).encode())
+        """What checksums of rows begin with, so that rows of another run do not match them."""
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._add_arrays(documents)
         self._kept: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
-        self._guard = threading.Lock()
+        self._kept_bytes, self._guard = 0, threading.Lock()
         self._first_starts: dict[int, int] = {}  # of chunks of sample_start
 
     @classmethod
@@ -78,7 +81,7 @@ class Store:
         except DistillError:
             raise
         except Exception as error:  # what the attributes say makes no sense, although they match their digest
-            raise DamageError(path, f"its metadata is not that of a store: {first_line(error)}") from error
+            raise damage(path, f"its metadata is not that of a store: {first_line(error)}") from error
 
     @classmethod
     def existing(cls, path: str, options: Mapping[str, Any], known: bool = False) -> Self:
@@ -122,8 +125,8 @@ class Store:
         for name, values in zip(names, found, strict=True):
             for i in range(last - first):
                 block, place = divmod(first + i, per_block)
-                if checksum(values[i * size : (i + 1) * size]) != checksums[name, block][place]:
-                    raise DamageError(self.path, f"{name} of block {block} does not match its checksums")
+                if checksum(values[i * size : (i + 1) * size], self.seed) != checksums[name, block][place]:
+                    raise damage(self.path, f"{name} of block {block} does not match its checksums")
         low, high = start - first * size, stop - first * size
         return {name: values[low:high] for name, values in zip(names, found, strict=True)}
 
@@ -206,8 +209,10 @@ class Store:
         try:
             names = keys_below(self.location, f"{name}/c")
             blocks = [int(found) for found in names if found.isdecimal() and int(found) < self.num_blocks]
-            if (root := local_root(self.location)) is not None:  # a power cut may leave an empty file
-                blocks = [block for block in blocks if (root / f"{name}/c/{block}").stat().st_size > 0]
+            if name == "commits" and (root := local_root(self.location)) is not None and blocks:
+                with os.scandir(root / "commits/c") as entries:  # a power cut may leave an empty file
+                    empty = {entry.name for entry in entries if entry.stat().st_size == 0}
+                blocks = [block for block in blocks if str(block) not in empty]
         except DistillError:
             raise
         except Exception as error:  # the file system's, or an object store client's own
@@ -223,12 +228,12 @@ class Store:
     async def _entries(self, name: str, start: int, stop: int) -> NDArray[Any]:
         try:
             return np.asarray(await self._arrays[name].async_array.getitem(slice(start, stop)))
-        except DistillError:
+        except (DistillError, MemoryError):
             raise
         except Exception as error:  # codecs raise RuntimeError, ValueError and their own
             kind = "block" if self._arrays[name].shards or name in ("commits", "checksums") else "chunk"
             where = f"{kind} {start // self.chunk_length(name)}"
-            raise DamageError(self.path, f"{name}, {where}: {first_line(error)}") from error
+            raise damage(self.path, f"{name}, {where}: {first_line(error)}") from error
 
     def _checksums(self, names: Sequence[str], blocks: range) -> dict[tuple[str, int], NDArray[np.uint32]]:
         """The checksums of the inner chunks of each array in each block: [inner chunks of a block]."""
@@ -255,16 +260,19 @@ class Store:
         with self._guard:
             found = {i: self._kept[name, i] for i in numbers if (name, i) in self._kept}
         missing, each = [i for i in numbers if i not in found], array.chunks[0]
+        if not missing:
+            return found
         parts = self._fetch([(name, i * each, min((i + 1) * each, array.shape[0])) for i in missing])
         for i, part in zip(missing, parts, strict=True):
             if name in SAMPLE_TABLE and checksum(part) != self.attributes["sample_checksums"][name][i]:
-                raise DamageError(self.path, f"{name}, chunk {i} does not match its checksum")
+                raise damage(self.path, f"{name}, chunk {i} does not match its checksum")
             found[i] = part
         if keep and len(numbers) <= 2:  # else it is read from end to end
             with self._guard:
                 self._kept |= {(name, i): part for i, part in found.items()}
-                while sum(part.nbytes for part in self._kept.values()) > _KEPT_BYTES and len(self._kept) > 2:
-                    self._kept.popitem(last=False)
+                self._kept_bytes += sum(found[i].nbytes for i in missing)
+                while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 2:
+                    self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return {i: found[i] for i in numbers}
 
 
@@ -281,7 +289,7 @@ def digest_of_checksums(checksums: NDArray[np.uint32]) -> str:
     return hashlib.sha256(checksums.astype("<u4").tobytes()).hexdigest()[:16]
 
 
-def checksum(values: NDArray[Any]) -> int:
-    """The CRC-32 (as in zlib, gzip and PNG) of an array's bytes, in C order and little endian."""
+def checksum(values: NDArray[Any], seed: int = 0) -> int:
+    """The CRC-32 (as in zlib, gzip and PNG) of an array's bytes, in C order and little endian, going on from `seed`."""
     little = values if sys.byteorder == "little" else values.astype(values.dtype.newbyteorder("<"))
-    return zlib.crc32(np.ascontiguousarray(little).view(np.uint8).reshape(-1).data)
+    return zlib.crc32(np.ascontiguousarray(little).view(np.uint8).reshape(-1).data, seed)

@@ -16,7 +16,7 @@ from zarr.core.sync import sync
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.lease import Lease
 from distill.store.location import Lock, fsync, local_root, locate
-from distill.store.metadata import array_digest, array_documents, exist, group_document, put, sealed
+from distill.store.metadata import array_digest, array_documents, exist, group_document, put, sealed, sizes
 from distill.store.schema import CAPTURED, FORMAT, PLANNED, SAMPLE_TABLE, VERSION
 from distill.store.store import Store, checksum, digest_of_checksums
 
@@ -53,8 +53,7 @@ class WritableStore(Store):
             lock = lock_of(location)
             if sync(location.exists("commits/zarr.json")):
                 raise StoreError(f"store.path: another run has begun {path} meanwhile; run the same command again")
-            sync(location.delete("zarr.json"))
-            for name in documents:
+            for name in documents:  # zarr.json stays: without commits nothing else is believed
                 sync(location.delete_dir(name))
             put(location, "zarr.json", group_document(sealed(whole)))
             for name in documents.keys() - {"commits"}:
@@ -84,16 +83,15 @@ class WritableStore(Store):
 
     def write_all(self, name: str, values: NDArray[Any]) -> None:
         """Write a whole array over samples."""
-        array = self._arrays[name]
-        each, values = array.chunks[0], values.astype(array.dtype)
-        self._sample_checksums[name] = [checksum(values[at : at + each]) for at in range(0, len(values), each)]
-        array[:] = values
+        self._note_table(name, values)
+        self._arrays[name][:] = values
 
     def write_rows(self, name: str, block: int, values: NDArray[Any]) -> None:
         """Write one block of an array over rows in one assignment: values [n, ...], n <= block_rows, then fill."""
         full = self._padded(name, values)
         array, start = self._arrays[name], block * self.block_rows
-        sync(self.location.delete(f"{name}/{self._chunk_key(name, block)}"))  # zarr would read it, damaged or not
+        if name in CAPTURED:  # of a run that was killed, or damaged: zarr would read it
+            sync(self.location.delete(f"{name}/{self._chunk_key(name, block)}"))
         array[start : start + self.block_rows] = full
         if name in PLANNED:
             self._note_plan(name, block, full)
@@ -121,7 +119,7 @@ class WritableStore(Store):
     def block_bytes(self, block: int, names: Iterable[str]) -> int:
         """Bytes on disk of one block of the named arrays."""
         keys = [f"{name}/{self._chunk_key(name, block)}" for name in names]
-        return sum(sync(self.location.getsize(key)) for key in keys)
+        return sizes(self.location, keys)
 
     def mark_complete(self) -> None:
         """Check that every block is committed, remove what killed workers left half written, and mark the store.
@@ -160,8 +158,7 @@ class WritableStore(Store):
         """
         self._begin_plan()
         for name, values in table.items():
-            each = self._arrays[name].chunks[0]
-            self._sample_checksums[name] = [checksum(values[at : at + each]) for at in range(0, len(values), each)]
+            self._note_table(name, values)
         for block, arrays in enumerate(blocks()):
             for name in arrays:
                 self._note_plan(name, block, self._padded(name, arrays[name]))
@@ -198,8 +195,6 @@ class WritableStore(Store):
     def _mark(self, complete: bool) -> None:
         self.attributes["complete"] = complete
         put(self.location, "zarr.json", group_document(self.attributes))
-        if (root := self._local_root) is not None:
-            fsync(root / "zarr.json", root)
 
     def _padded(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         array = self._arrays[name]
@@ -209,7 +204,13 @@ class WritableStore(Store):
 
     def _inner_checksums(self, full: NDArray[Any]) -> NDArray[np.uint32]:
         each = self.inner_rows
-        return np.array([checksum(full[at : at + each]) for at in range(0, self.block_rows, each)], np.uint32)
+        parts = (full[at : at + each] for at in range(0, self.block_rows, each))
+        return np.array([checksum(part, self.seed) for part in parts], np.uint32)
+
+    def _note_table(self, name: str, values: NDArray[Any]) -> None:
+        array = self._arrays[name]
+        parts = (values[at : at + array.chunks[0]] for at in range(0, len(values), array.chunks[0]))
+        self._sample_checksums[name] = [checksum(part.astype(array.dtype)) for part in parts]
 
     def _note_plan(self, name: str, block: int, full: NDArray[Any]) -> None:
         found = self._inner_checksums(full)

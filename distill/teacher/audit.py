@@ -211,9 +211,9 @@ def _batches(store: Store, block: int, max_tokens: int, switch: int | None) -> l
 def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Tensor, Tensor]:
     """How far the store, and this teacher in another batch shape, are from the teacher in this batch: [N, 4] each."""
     k, temperatures = store.attributes["k"], store.attributes["temperatures"]
-    read = {name: [store.read_rows(name, rows.start, rows.stop) for rows in batch] for name in ("tokens", *CAPTURED)}
-    tokens = read.pop("tokens")
-    stored = _Rows(*(torch.from_numpy(np.concatenate(read[name])) for name in CAPTURED))
+    read = [store.read_arrays(("tokens", *CAPTURED), rows.start, rows.stop) for rows in batch]
+    tokens = [rows["tokens"] for rows in read]
+    stored = _Rows(*(torch.from_numpy(np.concatenate([rows[name] for rows in read])) for name in CAPTURED))
     if (stored.ids < 0).any() or (stored.ids >= teacher.vocab_size).any():
         raise StoreError(f"{store.path}: damaged: target_ids, rows {batch[0].start} to {batch[0].stop}, and others")
     others = [[sample] for sample in tokens] if len(batch) > 1 else [tokens * 2]

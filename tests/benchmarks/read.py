@@ -76,6 +76,7 @@ def write_store(path: Path, block_rows: int) -> list[Rows]:
         {},
         attributes={
             "k": K,
+            "fingerprint": "made up",
             "temperatures": [1.0],
             "block_rows": block_rows,
             "num_blocks": layout.num_blocks,

@@ -23,6 +23,7 @@ ATTRIBUTES = {
     "num_samples": 8,
     "num_tokens": 80,
     "config": {},
+    "fingerprint": "made up",
 }
 
 

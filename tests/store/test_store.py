@@ -6,12 +6,15 @@ import zarr
 
 from distill.data.plan import Plan
 from distill.errors import StoreError
+from distill.store.metadata import damage
 from distill.store.retry import RetryingStore
+from distill.store.schema import CAPTURED
 from distill.store.store import Store
 from distill.store.writable import WritableStore
 from tests.support import open_raw, planned_store, tree
 
 ATTRIBUTES = {"k": 5, "temperatures": [1.0, 2.0], "block_rows": 32, "num_blocks": 3, "num_samples": 7}
+ATTRIBUTES |= {"fingerprint": "made up"}
 
 
 def create(path, codec="portable", publish=True, options=None):
@@ -218,6 +221,57 @@ def test_object_stores_hold_the_same_bytes(tmp_path):
         store.mark_complete()
     assert tree(tmp_path / "remote.zarr") == tree(tmp_path / "local.zarr")
     shutil.rmtree(tmp_path / "remote.zarr")
+
+
+def test_what_is_lost_is_no_interrupted_plan(tmp_path):
+    """A store that lost its commits, all or their zarr.json, is not begun anew: that would delete what it has."""
+    for lost, unfinished in (("commits", False), ("commits/zarr.json", False), ("commits", True)):
+        path = tmp_path / f"{lost.replace('/', ' ')} {unfinished}.zarr"
+        store = create(path)
+        commit_all(store)
+        if not unfinished:
+            store.mark_complete()
+        if (path / lost).is_dir():
+            shutil.rmtree(path / lost)
+        else:
+            (path / lost).unlink()
+        with pytest.raises(StoreError, match=r"damaged: commits/zarr\.json is missing"):
+            WritableStore.open(str(path), {})
+
+
+def test_rows_of_another_run_are_not_read(tmp_path, monkeypatch):
+    """A copy over another store that broke off: the metadata of one, blocks, checksums and commits of the other."""
+    for name, run in (("a", "made up"), ("b", "another")):
+        monkeypatch.setitem(ATTRIBUTES, "fingerprint", run)
+        store = create(tmp_path / name)
+        commit_all(store)
+        store.mark_complete()
+    for file in ("zarr.json", "commits/zarr.json"):
+        shutil.copy(tmp_path / "b" / file, tmp_path / "a" / file)
+    mixed = Store.existing(str(tmp_path / "a"), {})
+    for name in ("tokens", "loss_mask", *CAPTURED):
+        with pytest.raises(StoreError, match=f"{name} of block 0 does not match"):
+            mixed.read_rows(name, 0, 10)
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    commit_all(create(tmp_path / "x.zarr"))
+    store = Store.existing(str(tmp_path / "x.zarr"), {})
+
+    async def nothing_left(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("zarr.core.array.AsyncArray.getitem", nothing_left)
+    with pytest.raises(MemoryError):
+        store.read_rows("tokens", 0, 32)
+
+
+def test_a_reader_process_tells_of_damage_in_its_own_words(tmp_path):
+    """torch makes an error anew from its message alone."""
+    error = damage("x.zarr", "tokens, block 3")
+    again = type(error)(str(error))
+    assert (str(again), again.what) == (str(error), "")
+    assert error.what == "tokens, block 3"
 
 
 @pytest.mark.parametrize("kind", ["folder", "url"])
