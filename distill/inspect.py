@@ -7,6 +7,7 @@ Of a store: what it holds and how complete it is, from which teacher, the size o
 a token, and the five tokens that the teacher expects next.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # of head, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
     return 0
 
 

@@ -31,6 +31,7 @@ from distill.settings import expand, load, split
 from distill.store.repair import no_other_run, restore_metadata, take_back
 from distill.store.soundness import BlockCheck, Problem, block_problems, metadata_problems, plan_problems
 from distill.store.store import Store
+from distill.store.writable import WritableStore
 
 _USAGE = "usage: python -m distill.verify STORE [--repair | --teacher] [CONFIG.yaml ...] [store.options.KEY=VALUE ...]"
 _FLAGS = ("--repair", "--teacher")
@@ -47,9 +48,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         settings, others = split(arguments, "store.options", *_OF_TEACHERS)
+        if strange := [argument for argument in others if argument.startswith("-") and argument not in _FLAGS]:
+            raise ConfigError(f"unknown option {strange[0]}; {_USAGE}")
         paths = [expand(argument, "STORE") for argument in others if argument not in _FLAGS]
-        if len(paths) != 1 or paths[0].startswith("-"):
+        if len(paths) != 1:
             raise ConfigError(f"expected one store, found {len(paths)} ({' '.join(paths)}); {_USAGE}")
+        if {*_FLAGS} <= {*others}:
+            raise ConfigError(f"expected one of {' and '.join(_FLAGS)}, found both; {_USAGE}")
         config = load(GenerateConfig, settings)
         repair = "--repair" in arguments
         metadata_problems(paths[0], config.store.options)  # is there a store?
@@ -81,8 +86,9 @@ def ask_teacher(path: str, config: GenerateConfig) -> int:
 def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:
     """Print what is wrong with a store; return the exit status, 0 or 1."""
     problems = metadata_problems(path, options)
-    if problems and not repair:
-        return _report(path, problems, "its data was not checked, since its metadata is damaged")
+    if problems and (not repair or any(problem.hopeless for problem in problems)):
+        what_now = "this cannot be repaired" if repair else "its data was not checked, since its metadata is damaged"
+        return _report(path, problems, what_now)
     if problems:
         restore_metadata(path, options, problems)
         print(f"{path}: restored {', '.join(problem.where for problem in problems)}")
@@ -114,12 +120,11 @@ def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:
         hopeless = [problem for problem in problems if problem.hopeless]
         return _report(path, hopeless, "this cannot be repaired") if hopeless else 1
     if problems:
-        return _report(path, problems, f"{state}; --repair takes back what is damaged")
-    if len(missing):
+        return _report(path, problems, f"{state}; --repair takes back what is damaged, generate makes it again")
+    if repair and not len(missing) and not store.complete:  # its zarr.json was restored
+        WritableStore.existing(path, options).mark_complete()
+    elif not store.complete:
         print(f"{path}: sound, but unfinished: {state}; run distill.generate again to its end")
-        return 1
-    if not store.complete:
-        print(f"{path}: sound, but not marked complete: {state}; run distill.generate again to its end")
         return 1
     tokens = store.attributes["num_tokens"]
     print(f"{path}: complete and sound: {state}, {tokens:,} tokens; every checksum and every rule holds")

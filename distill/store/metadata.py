@@ -95,6 +95,15 @@ def put(location: Any, key: str, document: Document) -> None:
         fsync(root / key, (root / key).parent, root)
 
 
+def keys_under(location: Any, prefix: str) -> list[str]:
+    """The keys anywhere below a prefix of a zarr store, without it: one listing."""
+
+    async def collect() -> list[str]:
+        return [key.removeprefix(f"{prefix}/") async for key in location.list_prefix(f"{prefix}/")]
+
+    return sync(collect())
+
+
 def keys_below(location: Any, prefix: str) -> list[str]:
     """The names directly below a prefix of a zarr store: one listing."""
 
@@ -121,8 +130,6 @@ def problem_of_group(content: bytes | None) -> str:
     except ValueError:
         return "is no JSON object"
     attributes = document.get("attributes", {})
-    if isinstance(attributes, dict) and "format" in attributes and "digest" not in attributes:
-        return "has no digest: it is damaged, or an older distill has made it, whose stores have to be made again"
     if not is_sealed(attributes):
         return "does not match its digest"
     return "" if document == group_document(attributes) else "is not what distill writes"
@@ -171,7 +178,10 @@ def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, D
     """
     try:
         content, commits = get(location, ["zarr.json", "commits/zarr.json"])
-        attributes = _own_attributes(path, content, commits)
+        refuse_strangers(path, content, commits)
+        if problem := problem_of_group(content):
+            raise damage(path, f"zarr.json {problem}")
+        attributes = parsed(content)["attributes"]
         if commits is None:
             if not was_interrupted(location, attributes):
                 raise damage(path, "commits/zarr.json is missing")
@@ -197,21 +207,31 @@ def was_interrupted(location: Any, attributes: Mapping[str, Any]) -> bool:
     return not attributes["complete"] and not begun
 
 
-def _own_attributes(path: str, content: bytes | None, commits: bytes | None) -> dict[str, Any]:
-    try:
-        attributes: Any = parsed(content).get("attributes")
-    except ValueError as error:
-        raise damage(path, f"zarr.json {problem_of_group(content)}") from error
+def refuse_strangers(path: str, content: bytes | None, commits: bytes | None) -> None:
+    """Raise StoreError for another group, another version, and what was made before there were digests.
+
+    content, commits: the zarr.json of the group, and of ``commits``
+    """
+    attributes, copy = attributes_of(content), attributes_of(commits)
     found = attributes if isinstance(attributes, dict) else {}
-    if found.get("format") != FORMAT and commits is None:
+    if found.get("format") != FORMAT and commits is None and content is not None:
         raise StoreError(
             f"store.path: expected a {FORMAT} at {path}, found another Zarr group (format {found.get('format')!r})"
         )
     if found.get("format") == FORMAT and found.get("version") != VERSION:
         raise StoreError(f"store.path: expected format version {VERSION} at {path}, found {found.get('version')!r}")
-    if problem := problem_of_group(content):
-        raise damage(path, f"zarr.json {problem}")
-    return dict(attributes)
+    if found.get("format") == FORMAT and "digest" not in found and not is_sealed(copy):
+        raise StoreError(
+            f"store.path: expected digests and checksums in {path}, found none: an older distill made it; make it again"
+        )
+
+
+def attributes_of(content: bytes | None) -> Any:
+    """The attributes in a zarr.json, whatever they are; None where there are none."""
+    try:
+        return parsed(content).get("attributes")
+    except ValueError:
+        return None
 
 
 class DamageError(StoreError):

@@ -6,7 +6,6 @@ from typing import Any
 
 from zarr.core.sync import sync
 
-from distill.errors import StoreError
 from distill.store.location import locate
 from distill.store.metadata import put
 from distill.store.soundness import Problem
@@ -14,9 +13,7 @@ from distill.store.writable import WritableStore, lock_of
 
 
 def restore_metadata(path: str, options: Mapping[str, Any], problems: Sequence[Problem]) -> None:
-    """Write again each zarr.json that follows from the others. Raises StoreError where one of them does not."""
-    if left := [str(problem) for problem in problems if problem.document is None]:
-        raise StoreError(f"{path}: cannot be repaired: {'; '.join(left)}")
+    """Write again each zarr.json that was damaged, and follows from what is left."""
     location = locate(path, options, read_only=False)
     for problem in problems:
         if problem.document is not None:

@@ -20,14 +20,15 @@ from distill.store.metadata import (
     Document,
     array_digest,
     array_documents,
-    damage,
+    attributes_of,
+    exist,
     get,
     group_document,
     is_sealed,
     keys_below,
-    parsed,
     problem_of_array,
     problem_of_group,
+    refuse_strangers,
     was_interrupted,
 )
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE
@@ -67,7 +68,7 @@ class Problem:
 def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the zarr.json of the group and of each array.
 
-    Raises StoreError where there is no store, and where no copy of its attributes is left.
+    Raises StoreError where there is no store, or one of another version.
     """
     location = locate(path, options, read_only=True)
     if "://" not in path and not Path(path).is_dir():
@@ -75,10 +76,11 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
     content, commits = get(location, ["zarr.json", "commits/zarr.json"])
     if content is None and commits is None and not keys_below(location, "commits/c"):
         raise StoreError(f"store.path: found no store at {path}")
+    refuse_strangers(path, content, commits)
     wrong = problem_of_group(content)
-    copies = [attributes for attributes in map(_attributes, (content, commits)) if is_sealed(attributes)]
+    copies = [attributes for attributes in map(attributes_of, (content, commits)) if is_sealed(attributes)]
     if not copies:
-        raise damage(path, f"zarr.json {wrong}, and there is no copy of its attributes in commits/zarr.json")
+        return [Problem("zarr.json", f"{wrong}, and there is no copy of its attributes in commits/zarr.json")]
     attributes = copies[0]
     plan_attributes = {**attributes, "complete": False}
     problems = []
@@ -90,7 +92,7 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
     fresh: dict[str, Document] = {}
     for name, found in zip(names, get(location, [f"{name}/zarr.json" for name in names]), strict=True):
         wrong = problem_of_array(name, found, attributes)
-        if not wrong and name == "commits" and _attributes(found) != plan_attributes:
+        if not wrong and name == "commits" and attributes_of(found) != plan_attributes:
             wrong = "does not have the attributes of zarr.json"
         if wrong:
             codec = attributes["config"].get("store.codec", "portable")
@@ -100,13 +102,6 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
             remedy = (f"{name}/zarr.json", document) if same else None
             problems.append(Problem(f"{name}/zarr.json", wrong, document=remedy))
     return problems
-
-
-def _attributes(content: bytes | None) -> Any:
-    try:
-        return parsed(content).get("attributes")
-    except ValueError:
-        return None
 
 
 def plan_problems(store: Store) -> list[Problem]:
@@ -128,7 +123,8 @@ def _chunk_problems(store: Store, name: str) -> list[Problem]:
         try:
             store.read_rows(name, start, min(start + each, size))
         except DamageError as error:
-            problems.append(Problem(error.what, "", keys=(key,)))
+            lost = not exist(store.location, [key])[0]
+            problems.append(Problem(f"{key} is missing" if lost else error.what, "", keys=(key,)))
     return problems
 
 

@@ -30,7 +30,7 @@ from zarr.storage import StorePath
 
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.location import is_group, local_root, locate
-from distill.store.metadata import Document, damage, keys_below, read_metadata
+from distill.store.metadata import Document, damage, keys_under, read_metadata
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE, inner_rows
 
 # zarr warns of pcodec each time an array is opened; docs/format.md says it once.
@@ -205,10 +205,11 @@ class Store:
         return [f"{name}/c/{i}{trailing}" for i in range(count)]
 
     def _blocks_there(self, name: str) -> NDArray[np.bool_]:
-        """[B]: whether there is a chunk for each block of an array of one axis, from a listing."""
+        """[B]: whether there is a chunk for each block of an array, from a listing."""
         try:
-            names = keys_below(self.location, f"{name}/c")
-            blocks = [int(found) for found in names if found.isdecimal() and int(found) < self.num_blocks]
+            keys = (key.partition("/") for key in keys_under(self.location, f"{name}/c"))
+            blocks = [int(number) for number, _, rest in keys if number.isdecimal() and rest in ("", "0")]
+            blocks = [block for block in blocks if block < self.num_blocks]
             if name == "commits" and (root := local_root(self.location)) is not None and blocks:
                 with os.scandir(root / "commits/c") as entries:  # a power cut may leave an empty file
                     empty = {entry.name for entry in entries if entry.stat().st_size == 0}

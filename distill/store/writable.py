@@ -178,6 +178,13 @@ class WritableStore(Store):
         self._sync_plan()
         self._kept.clear()
 
+    def lacking_blocks(self) -> list[int]:
+        """Blocks that are committed, and of which a chunk is missing, as after an incomplete copy."""
+        whole = self.committed()
+        for name in (*CAPTURED, "checksums"):
+            whole &= self._blocks_there(name)
+        return [int(block) for block in np.flatnonzero(self.committed() & ~whole)]
+
     def take_back(self, block: int) -> None:
         """Remove the commit of a block, so that it is made again."""
         sync(self.location.delete(f"commits/{self._chunk_key('commits', block)}"))

@@ -221,13 +221,15 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableS
         )
     if not store.published:
         return None
-    lacks = len(store.missing_blocks())
-    if store.complete and (lacks or not store.plan_is_whole):
-        store.lock()
-        logger.warning("%s was complete and now lacks %d blocks: they are made again", config.store.path, lacks)
-        store.reopen()
-    elif not store.complete:
-        store.lock()
+    lacking, was_complete = store.lacking_blocks(), store.complete
+    if was_complete and not lacking and not store.missing_blocks() and store.plan_is_whole:
+        return store
+    store.lock()
+    store.reopen()
+    for block in lacking:
+        store.take_back(block)
+    if lacks := len(lacking) if not was_complete else len(store.missing_blocks()):
+        logger.warning("%s lacks %d blocks that it had: they are made again", config.store.path, lacks)
     return store
 
 

@@ -11,7 +11,7 @@ import pytest
 from distill.store.writable import WritableStore
 from distill.teacher.capture import round_logprobs
 from distill.verify import main
-from tests.support import reseal, tree
+from tests.support import tree
 
 Rows = dict[str, Any]
 ATTRIBUTES = {
@@ -137,12 +137,27 @@ def test_the_sample_table_keeps_its_rules(tmp_path: Path, capsys: pytest.Capture
 
 def test_what_cannot_be_repaired_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "x.zarr", made_up())
-    reseal(path, arrays={})  # another zarr's way to write zarr.json would look like this
-    for file in (path / "zarr.json", path / "commits" / "zarr.json"):
-        file.write_text(file.read_text().replace('"digest"', '"digost"'))
-    for arguments in ([str(path)], [str(path), "--repair"]):
+    files = (path / "zarr.json", path / "commits" / "zarr.json")
+    for old, new, status, message in (
+        ("made up", "made uq", 1, "there is no copy of its attributes in commits/zarr.json"),
+        ('"digest"', '"digost"', 2, "found none: an older distill made it"),
+        ('"version": 1', '"version": 2', 2, "expected format version 1"),
+    ):
+        before = [file.read_text() for file in files]
+        for file in files:
+            file.write_text(file.read_text().replace(old, new))
+        for arguments in ([str(path)], [str(path), "--repair"]):
+            assert main(arguments) == status
+            said = capsys.readouterr()
+            assert message in said.out + said.err
+            assert "takes it back" not in said.out + said.err
+        for file, text in zip(files, before, strict=True):
+            file.write_text(text)
+    files[0].unlink()
+    assert main([str(path), "--repair"]) == 0, "all blocks are sound: it is complete again"
+    assert files[0].read_text() == before[0]
+    for arguments in (["--repare", str(path)], [str(path), "--repair", "--teacher"]):
         assert main(arguments) == 2
-        assert "there is no copy of its attributes in commits/zarr.json" in capsys.readouterr().err
     WritableStore.create(str(tmp_path / "begun"), {}, ATTRIBUTES, masked=False, codec="portable")
     assert main([str(tmp_path / "begun")]) == 1
     assert "its plan was interrupted; run distill.generate again" in capsys.readouterr().out
