@@ -10,6 +10,7 @@ from typing import Any
 
 import obstore
 import pytest
+from obstore import exceptions
 
 from distill.errors import StorageError, StoreError
 from distill.store import lease
@@ -115,6 +116,42 @@ def test_who_has_lost_it_writes_no_more(s3: Server) -> None:
     assert opened(s3, "lost.zarr").missing_blocks() == [0, 1, 2]
     release(store)
     assert json.loads(bytes(obstore.get(s3.bucket("lost.zarr"), "lease.json").bytes())) == DEAD, "not ours to delete"
+
+
+class Refusing:
+    """A client whose server refuses each update, and answers a read as it is told."""
+
+    def __init__(self, answer: Exception) -> None:
+        self._answer = answer
+
+    def put(self, *_: Any, **__: Any) -> Any:
+        raise exceptions.PreconditionError("412")
+
+    def get(self, *_: Any) -> Any:
+        raise self._answer
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("answer", ["gone", "no answer"])
+def test_a_refused_renewal_is_looked_into(answer: str, s3: Server) -> None:
+    """Gone: another run had it, and has ended. No answer: this one goes on asking, and does not forget."""
+    store = made(s3, f"renewal {answer}.zarr")
+    release(store)
+    holder = lease._Holder(store.location)
+    holder._obstore = Refusing(FileNotFoundError("404") if answer == "gone" else exceptions.GenericError("no answer"))
+    thread = threading.Thread(target=holder.keep, daemon=True)
+    thread.start()
+    time.sleep(1)
+    if answer == "gone":
+        with pytest.raises(StorageError, match="another run is writing"):
+            holder.check()
+    else:
+        holder.check()
+        assert thread.is_alive()
+        holder._obstore = Refusing(FileNotFoundError("404"))
+        thread.join(5)
+        with pytest.raises(StorageError, match="another run is writing"):
+            holder.check()
 
 
 @pytest.mark.parametrize("server", ["says that it has none", "ignores them", "ignores those of updates"])
