@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import obstore
 import pytest
 
 from distill.store.writable import WritableStore
 from distill.teacher.capture import round_logprobs
 from distill.verify import main
+from tests.store.seaweedfs import Server
 from tests.support import tree
 
 Rows = dict[str, Any]
@@ -166,3 +168,21 @@ def test_what_cannot_be_repaired_is_said(tmp_path: Path, capsys: pytest.CaptureF
         assert message in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "--repair" in capsys.readouterr().out
+
+
+def test_a_bucket_is_verified_and_repaired_as_a_folder(
+    s3: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3.upload(write(tmp_path / "x.zarr", made_up()), "sound.zarr")
+    given, client = ["s3://bucket/sound.zarr", *s3.arguments], s3.bucket("sound.zarr")
+    assert main(given) == 0
+    for key in ("target_ids/c/3/0", "tokens/zarr.json"):
+        obstore.delete(client, key)
+    obstore.put(client, "commits/c/1", b"")
+    assert main(given) == 1
+    assert "tokens/zarr.json is missing" in capsys.readouterr().out
+    assert main([*given, "--repair"]) == 1
+    assert "took back 2 blocks and 0 chunks of the plan" in capsys.readouterr().out
+    assert main(given) == 1
+    assert "sound, but unfinished: 2 of 4 blocks are committed" in capsys.readouterr().out
+    assert not any("lease" in found["path"] for batch in obstore.list(client) for found in batch)
