@@ -57,7 +57,6 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"expected one of {' and '.join(_FLAGS)}, found both; {_USAGE}")
         config = load(GenerateConfig, settings)
         repair = "--repair" in arguments
-        metadata_problems(paths[0], config.store.options)  # is there a store?
         with no_other_run(paths[0], config.store.options) if repair else contextlib.nullcontext():
             status = verify(paths[0], config.store.options, repair)
         return ask_teacher(paths[0], config) if "--teacher" in arguments and status == 0 else status

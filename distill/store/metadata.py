@@ -5,20 +5,20 @@ The attributes of the group hold a digest of themselves, and one of the zarr.jso
 other zarr.json follows from the attributes.
 """
 
-import asyncio
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import zarr
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.codecs import CODECS, create_array
+from distill.store.fingerprint import summarize
 from distill.store.location import fsync, local_root
+from distill.store.requests import contents, keys_below
 from distill.store.schema import FORMAT, VERSION, array_specs
 
 Document = dict[str, Any]
@@ -31,7 +31,7 @@ def array_documents(attributes: Mapping[str, Any], masked: bool, codec: str) -> 
     specs = array_specs(attributes, masked)
     for spec in specs:
         create_array(group, spec, attributes, codec)
-    found = get(memory, [f"{spec.name}/zarr.json" for spec in specs])
+    found = contents(memory, [f"{spec.name}/zarr.json" for spec in specs])
     return {spec.name: json.loads(content or b"") for spec, content in zip(specs, found, strict=True)}
 
 
@@ -42,8 +42,7 @@ def group_document(attributes: Mapping[str, Any]) -> Document:
 
 def digest(content: Mapping[str, Any], without: Iterable[str]) -> str:
     """A hash of a JSON object, less some of its keys."""
-    kept = {key: value for key, value in content.items() if key not in {*without}}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return summarize({key: value for key, value in content.items() if key not in {*without}})
 
 
 def array_digest(document: Document) -> str:
@@ -61,56 +60,11 @@ def encode(document: Document) -> bytes:
     return json.dumps(document, indent=2).encode()
 
 
-def get(location: Any, keys: list[str]) -> list[bytes | None]:
-    """The contents of several keys of a zarr store, asked for together; None where there is nothing."""
-
-    async def gather() -> list[Buffer | None]:
-        return list(await asyncio.gather(*(location.get(key, default_buffer_prototype()) for key in keys)))
-
-    return [None if found is None else found.to_bytes() for found in sync(gather())]
-
-
-def exist(location: Any, keys: list[str]) -> list[bool]:
-    """Whether there is something at several keys of a zarr store, asked for together."""
-
-    async def gather() -> list[bool]:
-        return list(await asyncio.gather(*(location.exists(key) for key in keys)))
-
-    return list(sync(gather()))
-
-
-def sizes(location: Any, keys: list[str]) -> int:
-    """The bytes of several keys of a zarr store together, asked for together."""
-
-    async def gather() -> list[int]:
-        return list(await asyncio.gather(*(location.getsize(key) for key in keys)))
-
-    return sum(sync(gather()))
-
-
 def put(location: Any, key: str, document: Document) -> None:
     """Write a zarr.json, and make sure that it is on disk."""
     sync(location.set(key, default_buffer_prototype().buffer.from_bytes(encode(document))))
     if (root := local_root(location)) is not None:
         fsync(root / key, (root / key).parent, root)
-
-
-def keys_under(location: Any, prefix: str) -> list[str]:
-    """The keys anywhere below a prefix of a zarr store, without it: one listing."""
-
-    async def collect() -> list[str]:
-        return [key.removeprefix(f"{prefix}/") async for key in location.list_prefix(f"{prefix}/")]
-
-    return sync(collect())
-
-
-def keys_below(location: Any, prefix: str) -> list[str]:
-    """The names directly below a prefix of a zarr store: one listing."""
-
-    async def collect() -> list[str]:
-        return [name async for name in location.list_dir(prefix)]
-
-    return sync(collect())
 
 
 def parsed(content: bytes | None) -> Document:
@@ -123,16 +77,21 @@ def parsed(content: bytes | None) -> Document:
 
 def problem_of_group(content: bytes | None) -> str:
     """What is wrong with the group's zarr.json; empty: nothing."""
-    if content is None:
-        return "is missing"
-    try:
-        document = parsed(content)
-    except ValueError:
-        return "is no JSON object"
-    attributes = document.get("attributes", {})
-    if not is_sealed(attributes):
+    if problem := _unreadable(content):
+        return problem
+    document = parsed(content)
+    if not is_sealed(document.get("attributes")):
         return "does not match its digest"
-    return "" if document == group_document(attributes) else "is not what distill writes"
+    return "" if document == group_document(document["attributes"]) else "is not what distill writes"
+
+
+def _unreadable(content: bytes | None) -> str:
+    """Why this is no JSON object; empty: it is one."""
+    try:
+        parsed(content)
+    except ValueError:
+        return "is missing" if content is None else "is no JSON object"
+    return ""
 
 
 def is_sealed(attributes: Any) -> bool:
@@ -146,12 +105,9 @@ def is_sealed(attributes: Any) -> bool:
 
 def problem_of_array(name: str, content: bytes | None, attributes: Mapping[str, Any]) -> str:
     """What is wrong with an array's zarr.json; empty: nothing."""
-    if content is None:
-        return "is missing"
-    try:
-        document = parsed(content)
-    except ValueError:
-        return "is no JSON object"
+    if problem := _unreadable(content):
+        return problem
+    document = parsed(content)
     if array_digest(document) != attributes["arrays"][name]:
         return "does not match its digest"
     if strange := {*_codecs({**document, "attributes": {}})} - {*CODECS}:
@@ -177,7 +133,7 @@ def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, D
     Raises StoreError for another group, another version, or what does not match its digest.
     """
     try:
-        content, commits = get(location, ["zarr.json", "commits/zarr.json"])
+        content, commits = contents(location, ["zarr.json", "commits/zarr.json"])
         refuse_strangers(path, content, commits)
         if problem := problem_of_group(content):
             raise damage(path, f"zarr.json {problem}")
@@ -187,14 +143,14 @@ def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, D
                 raise damage(path, "commits/zarr.json is missing")
             return attributes, {}
         names = list(attributes["arrays"])
-        contents = dict(zip(names, get(location, [f"{name}/zarr.json" for name in names]), strict=True))
+        found = dict(zip(names, contents(location, [f"{name}/zarr.json" for name in names]), strict=True))
         for name in names:
-            if problem := problem_of_array(name, contents[name], attributes):
+            if problem := problem_of_array(name, found[name], attributes):
                 raise damage(path, f"{name}/zarr.json {problem}")
-        copy = parsed(contents["commits"])["attributes"]
+        copy = parsed(found["commits"])["attributes"]
         if {**copy, "complete": attributes["complete"]} != attributes:
             raise damage(path, "zarr.json and commits/zarr.json are of two stores")
-        return attributes, {name: parsed(contents[name]) for name in names}
+        return attributes, {name: parsed(found[name]) for name in names}
     except DistillError:
         raise
     except Exception as error:  # zarr's, the file system's, or an object store client's own

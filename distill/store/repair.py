@@ -6,7 +6,8 @@ from typing import Any
 
 from zarr.core.sync import sync
 
-from distill.store.location import locate
+from distill.errors import StoreError
+from distill.store.location import is_group, locate
 from distill.store.metadata import put
 from distill.store.soundness import Problem
 from distill.store.writable import WritableStore, lock_of
@@ -32,8 +33,11 @@ def take_back(path: str, options: Mapping[str, Any], problems: Sequence[Problem]
 
 @contextlib.contextmanager
 def no_other_run(path: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Keep other runs out of the store at `path`. Raises StoreError where one is writing."""
-    lock = lock_of(locate(path, options, read_only=False))
+    """Keep other runs out of the store at `path`. Raises StoreError where one is writing, or there is none."""
+    location = locate(path, options, read_only=False)
+    if not is_group(path, location):
+        raise StoreError(f"store.path: found no store at {path}")
+    lock = lock_of(location)
     try:
         yield
     finally:

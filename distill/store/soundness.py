@@ -7,30 +7,27 @@ import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import StoreError
-from distill.store.location import locate
+from distill.store.location import is_group, locate
 from distill.store.metadata import (
     DamageError,
     Document,
     array_digest,
     array_documents,
     attributes_of,
-    exist,
-    get,
     group_document,
     is_sealed,
-    keys_below,
     problem_of_array,
     problem_of_group,
     refuse_strangers,
     was_interrupted,
 )
+from distill.store.requests import contents
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE
 from distill.store.store import Store
 
@@ -71,11 +68,9 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
     Raises StoreError where there is no store, or one of another version.
     """
     location = locate(path, options, read_only=True)
-    if "://" not in path and not Path(path).is_dir():
+    if not is_group(path, location):
         raise StoreError(f"store.path: found no store at {path}")
-    content, commits = get(location, ["zarr.json", "commits/zarr.json"])
-    if content is None and commits is None and not keys_below(location, "commits/c"):
-        raise StoreError(f"store.path: found no store at {path}")
+    content, commits = contents(location, ["zarr.json", "commits/zarr.json"])
     refuse_strangers(path, content, commits)
     wrong = problem_of_group(content)
     copies = [attributes for attributes in map(attributes_of, (content, commits)) if is_sealed(attributes)]
@@ -90,7 +85,7 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
         return problems  # there is nothing yet
     names = list(attributes["arrays"])
     fresh: dict[str, Document] = {}
-    for name, found in zip(names, get(location, [f"{name}/zarr.json" for name in names]), strict=True):
+    for name, found in zip(names, contents(location, [f"{name}/zarr.json" for name in names]), strict=True):
         wrong = problem_of_array(name, found, attributes)
         if not wrong and name == "commits" and attributes_of(found) != plan_attributes:
             wrong = "does not have the attributes of zarr.json"
@@ -123,7 +118,7 @@ def _chunk_problems(store: Store, name: str) -> list[Problem]:
         try:
             store.read_rows(name, start, min(start + each, size))
         except DamageError as error:
-            lost = not exist(store.location, [key])[0]
+            lost = contents(store.location, [key]) == [None]
             problems.append(Problem(f"{key} is missing" if lost else error.what, "", keys=(key,)))
     return problems
 
@@ -179,7 +174,7 @@ class BlockCheck:
                     rows[name] = store.read_rows(name, start + first, start + last)
                 except DamageError as error:
                     planned = name in PLANNED
-                    keys = (store.chunk_keys(name)[block],) if planned else ()
+                    keys = (store.chunk_key(name, block),) if planned else ()
                     damaged[name] = Problem(f"block {block}:", error.what, None if planned else block, keys)
             if used is not None and len(rows) == len(names) + committed * len(CAPTURED):
                 here = {name: values[used[first:last]] for name, values in rows.items()}

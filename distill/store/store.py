@@ -8,7 +8,6 @@ Whatever is read is compared with its checksum: a chunk that is damaged, missing
 R rows, S samples, B blocks.
 """
 
-import asyncio
 import hashlib
 import os
 import sys
@@ -17,7 +16,7 @@ import warnings
 import zlib
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -25,12 +24,12 @@ import zarr
 from numpy.typing import NDArray
 from zarr.core.array import AsyncArray
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.core.sync import sync
 from zarr.storage import StorePath
 
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.location import is_group, local_root, locate
-from distill.store.metadata import Document, damage, keys_under, read_metadata
+from distill.store.metadata import Document, damage, read_metadata
+from distill.store.requests import keys_below, together
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE, inner_rows
 
 # zarr warns of pcodec each time an array is opened; docs/format.md says it once.
@@ -198,16 +197,19 @@ class Store:
         array = self._arrays[name]
         return int((array.shards or array.chunks)[0])
 
+    def chunk_key(self, name: str, number: int) -> str:
+        """The key of a chunk (of a shard, where it has them) of an array: trailing axes are never cut."""
+        return f"{name}/c/{number}" + "/0" * (len(self._arrays[name].shape) - 1)
+
     def chunk_keys(self, name: str) -> list[str]:
-        """The keys of all chunks (of shards, where it has them) of an array."""
-        array = self._arrays[name]
-        count, trailing = -(-array.shape[0] // self.chunk_length(name)), "/0" * (len(array.shape) - 1)
-        return [f"{name}/c/{i}{trailing}" for i in range(count)]
+        """The keys of all chunks of an array, in order."""
+        count = -(-self._arrays[name].shape[0] // self.chunk_length(name))
+        return [self.chunk_key(name, number) for number in range(count)]
 
     def _blocks_there(self, name: str) -> NDArray[np.bool_]:
         """[B]: whether there is a chunk for each block of an array, from a listing."""
         try:
-            keys = (key.partition("/") for key in keys_under(self.location, f"{name}/c"))
+            keys = (key.partition("/") for key in keys_below(self.location, f"{name}/c"))
             blocks = [int(number) for number, _, rest in keys if number.isdecimal() and rest in ("", "0")]
             blocks = [block for block in blocks if block < self.num_blocks]
             if name == "commits" and (root := local_root(self.location)) is not None and blocks:
@@ -224,7 +226,7 @@ class Store:
 
     def _fetch(self, wanted: Sequence[tuple[str, int, int]]) -> list[NDArray[Any]]:
         """Entries [start, stop) of arrays (name, start, stop), asked for together, and only checked by their codecs."""
-        return list(sync(_gather([self._entries(*one) for one in wanted])))
+        return together(self._entries(*one) for one in wanted)
 
     async def _entries(self, name: str, start: int, stop: int) -> NDArray[Any]:
         try:
@@ -270,8 +272,9 @@ class Store:
             found[i] = part
         if keep and len(numbers) <= 2:  # else it is read from end to end
             with self._guard:
-                self._kept |= {(name, i): part for i, part in found.items()}
-                self._kept_bytes += sum(found[i].nbytes for i in missing)
+                new = {(name, i): found[i] for i in missing if (name, i) not in self._kept}  # else of another thread
+                self._kept |= new
+                self._kept_bytes += sum(part.nbytes for part in new.values())
                 while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 2:
                     self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return {i: found[i] for i in numbers}
@@ -279,10 +282,6 @@ class Store:
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-async def _gather(wanted: Sequence[Coroutine[Any, Any, NDArray[Any]]]) -> list[NDArray[Any]]:
-    return await asyncio.gather(*wanted)
 
 
 def digest_of_checksums(checksums: NDArray[np.uint32]) -> str:

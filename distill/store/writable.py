@@ -16,7 +16,8 @@ from zarr.core.sync import sync
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.lease import Lease
 from distill.store.location import Lock, fsync, local_root, locate
-from distill.store.metadata import array_digest, array_documents, exist, group_document, put, sealed, sizes
+from distill.store.metadata import array_digest, array_documents, group_document, put, sealed
+from distill.store.requests import together
 from distill.store.schema import CAPTURED, FORMAT, PLANNED, SAMPLE_TABLE, VERSION
 from distill.store.store import Store, checksum, digest_of_checksums
 
@@ -91,7 +92,7 @@ class WritableStore(Store):
         full = self._padded(name, values)
         array, start = self._arrays[name], block * self.block_rows
         if name in CAPTURED:  # of a run that was killed, or damaged: zarr would read it
-            sync(self.location.delete(f"{name}/{self._chunk_key(name, block)}"))
+            sync(self.location.delete(self.chunk_key(name, block)))
         array[start : start + self.block_rows] = full
         if name in PLANNED:
             self._note_plan(name, block, full)
@@ -118,8 +119,7 @@ class WritableStore(Store):
 
     def block_bytes(self, block: int, names: Iterable[str]) -> int:
         """Bytes on disk of one block of the named arrays."""
-        keys = [f"{name}/{self._chunk_key(name, block)}" for name in names]
-        return sizes(self.location, keys)
+        return sum(together(self.location.getsize(self.chunk_key(name, block)) for name in names))
 
     def mark_complete(self) -> None:
         """Check that every block is committed, remove what killed workers left half written, and mark the store.
@@ -128,7 +128,7 @@ class WritableStore(Store):
         """
         if left := self.missing_blocks():
             raise RuntimeError(f"{self.path}: blocks {left[:10]} are not committed although every worker is done")
-        if (root := self._local_root) is not None:
+        if (root := local_root(self.location)) is not None:
             for stale in root.rglob("*.partial"):
                 stale.unlink()
         self._mark(complete=True)
@@ -146,7 +146,7 @@ class WritableStore(Store):
         """Whether every chunk is there that the plan wrote, whatever it contains."""
         keys = [key for name in (*SAMPLE_TABLE, "plan_checksums") for key in self.chunk_keys(name)]
         whole = all(self._blocks_there(name).all() for name in PLANNED if name in self._arrays)
-        return whole and all(exist(self.location, keys))
+        return whole and all(together(self.location.exists(key) for key in keys))
 
     def rewrite_plan(
         self, table: Mapping[str, NDArray[Any]], blocks: Callable[[], Iterable[Mapping[str, NDArray[Any]]]]
@@ -176,7 +176,6 @@ class WritableStore(Store):
                     self.write_rows(name, block, arrays[name])
         self._arrays["plan_checksums"][:] = self._plan_checksums
         self._sync_plan()
-        self._kept.clear()
 
     def lacking_blocks(self) -> list[int]:
         """Blocks that are committed, and of which a chunk is missing, as after an incomplete copy."""
@@ -187,15 +186,15 @@ class WritableStore(Store):
 
     def take_back(self, block: int) -> None:
         """Remove the commit of a block, so that it is made again."""
-        sync(self.location.delete(f"commits/{self._chunk_key('commits', block)}"))
+        sync(self.location.delete(self.chunk_key("commits", block)))
 
     def _flush(self, block: int, *names: str) -> None:
         """On a local disk: zarr renames a finished file into place, but the system writes it when it likes."""
-        root = self._local_root
+        root = local_root(self.location)
         if root is None:
             return
         for name in names:
-            file = root / name / self._chunk_key(name, block)
+            file = root / self.chunk_key(name, block)
             if file.exists():  # a chunk of nothing but fill values is not
                 fsync(file, *(folder for folder in file.parents if folder.is_relative_to(root / name)))
 
@@ -229,21 +228,10 @@ class WritableStore(Store):
         return {"tokens_digest": digest, "sample_checksums": self._sample_checksums}
 
     def _sync_plan(self) -> None:
-        if (root := self._local_root) is not None:
-            for name in self._arrays:
-                fsync(root / name / "zarr.json", root / name)
+        if (root := local_root(self.location)) is not None:
             for name in {*SAMPLE_TABLE, *PLANNED, "plan_checksums"} & {*self._arrays}:
-                for folder, _, files in os.walk(root / name / "c"):
+                for folder, _, files in os.walk(root / name):
                     fsync(*(Path(folder) / file for file in files), Path(folder))
-            fsync(root / "zarr.json", root)
-
-    def _chunk_key(self, name: str, block: int) -> str:
-        return "/".join(["c", str(block), *("0" for _ in self._arrays[name].shape[1:])])
-
-    @property
-    def _local_root(self) -> Path | None:
-        """The store's folder; None for an object store."""
-        return local_root(self.location)
 
 
 def lock_of(location: Any) -> Lock | Lease:

@@ -108,7 +108,7 @@ def plan_job(
     data = find_data(config.dataset)
     fingerprint = fingerprint_of(config, source, needs, data)
     store = find_store(config, fingerprint)
-    if store is not None and not store.plan_is_whole:
+    if store is not None and not store.complete and not store.plan_is_whole:
         logger.warning("%s lacks parts of its plan: they are written again from the dataset", config.store.path)
         replan(store, *lay_out(config, source, data))
     if store is not None and store.complete:
@@ -221,15 +221,16 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableS
         )
     if not store.published:
         return None
-    lacking, was_complete = store.lacking_blocks(), store.complete
-    if was_complete and not lacking and not store.missing_blocks() and store.plan_is_whole:
+    lacking = store.lacking_blocks()
+    lost = len(lacking) + (len(store.missing_blocks()) if store.complete else 0)
+    if store.complete and not lost and store.plan_is_whole:
         return store
     store.lock()
     store.reopen()
     for block in lacking:
         store.take_back(block)
-    if lacks := len(lacking) if not was_complete else len(store.missing_blocks()):
-        logger.warning("%s lacks %d blocks that it had: they are made again", config.store.path, lacks)
+    if lost:
+        logger.warning("%s lacks %d blocks that it had: they are made again", config.store.path, lost)
     return store
 
 

@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,10 @@ class MadeUpRows:
     def __init__(self, block_rows: int) -> None:
         self.store = SimpleNamespace(block_rows=block_rows, attributes={"k": K, "temperatures": [1.0]})
         self._rows: Rows | None = None
+
+    def read_several(self, spans: Sequence[tuple[int, int]]) -> list[Rows]:
+        """As a reader does on a local disk."""
+        return [self.read(*span) for span in spans]
 
     def read(self, start: int, stop: int) -> Rows:
         """Copies, as a reader's rows are."""

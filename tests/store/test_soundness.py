@@ -9,6 +9,7 @@ import numpy as np
 import obstore
 import pytest
 
+from distill.store.soundness import BlockCheck
 from distill.store.writable import WritableStore
 from distill.teacher.capture import round_logprobs
 from distill.verify import main
@@ -186,3 +187,21 @@ def test_a_bucket_is_verified_and_repaired_as_a_folder(
     assert main(given) == 1
     assert "sound, but unfinished: 2 of 4 blocks are committed" in capsys.readouterr().out
     assert not any("lease" in found["path"] for batch in obstore.list(client) for found in batch)
+
+
+def test_several_processes_find_what_one_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = made_up()
+    RULES["logsumexp: not finite"](rows)
+    path = write(tmp_path / "x.zarr", rows)
+    (path / "target_ids/c/0/0").unlink()
+    (path / "tokens/c/3").write_bytes(b"")
+    assert main([str(path)]) == 1
+    alone = capsys.readouterr().out
+    assert alone.count("\n  ") == 3
+    monkeypatch.setattr("distill.verify._ROWS_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(BlockCheck, "problems", None)  # in this process
+    assert main([str(path)]) == 1
+    assert capsys.readouterr().out == alone
