@@ -131,7 +131,13 @@ class Store:
 
     def read_all(self, name: str) -> NDArray[Any]:
         """A whole array: sample_start, sample_length, commits, ..."""
-        return self.read_rows(name, 0, self._arrays[name].shape[0])
+        array = self._arrays[name]
+        if name not in SAMPLE_TABLE:
+            return self.read_rows(name, 0, array.shape[0])
+        found, each = np.empty(array.shape, array.dtype), array.chunks[0]
+        for i, part in enumerate(self.read_chunks(name)):  # one at a time: the table may be large
+            found[i * each : i * each + len(part)] = part
+        return found
 
     def committed(self) -> NDArray[np.bool_]:
         """[B]: whether each block is committed, from a listing of the chunks of ``commits``, whatever they contain."""

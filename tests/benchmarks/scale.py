@@ -266,6 +266,7 @@ def write_tokens(scratch: Path) -> str:
     layout = plan.lay_out(lengths, rows)
     create(str(scratch / "tokens.zarr"), layout.starts, lengths, np.arange(len(lengths)), rows)
     store = opened(str(scratch / "tokens.zarr"))
+    store._begin_plan()
     values = (49152 ** np.random.default_rng(0).random(rows) - 1).astype(np.int32)
     seconds = []
     for block in range(store.num_blocks):
