@@ -175,7 +175,7 @@ class BlockCheck:
                 except DamageError as error:
                     planned = name in PLANNED
                     keys = (store.chunk_key(name, block),) if planned else ()
-                    damaged[name] = Problem(f"block {block}:", error.what, None if planned else block, keys)
+                    damaged[name] = Problem(error.what, "", None if planned else block, keys)
             if used is not None and len(rows) == len(names) + committed * len(CAPTURED):
                 here = {name: values[used[first:last]] for name, values in rows.items()}
                 broken |= {*broken_rules(here, store.attributes)}
