@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from distill import TeacherCache, inspect
+from distill import TeacherCache, inspect, verify
 from distill.errors import StoreError
 from tests.processes import children
 from tests.store.seaweedfs import Server, options_file
@@ -164,11 +164,13 @@ def test_a_mistake_is_one_line_everywhere(
     with pytest.raises(StoreError) as raised:
         TeacherCache(path, options)
     assert time.monotonic() - began < 12
+    assert verify.main([path, *given]) == 2
+    checked = capsys.readouterr().err
     assert inspect.main([path, *given]) == 2
     ran = generate(tmp_path, *expected[0], f"store.path={path}", *given)
     said = train.communicate(timeout=120)[1]
     assert (ran.returncode, train.returncode) == (2, 2)
-    for console in (f"error: {raised.value}\n", capsys.readouterr().err, ran.stderr, said):
+    for console in (f"error: {raised.value}\n", checked, capsys.readouterr().err, ran.stderr, said):
         lines = [line for line in console.splitlines() if "error: " in line]
         assert lines == [f"error: store.path: cannot use {path}: {words}" + lines[0].partition(words)[2]], console
         assert console.splitlines()[-1] == lines[0]
