@@ -69,16 +69,25 @@ class DatasetConfig:
 class CaptureConfig:
     """What is kept of the teacher's distributions."""
 
-    method: str = key("topk", "topk = the k most probable ids and the exact mass of the rest", ("topk",))
-    k: int = key(64, "ids kept per token", least=1)
+    method: str = key(
+        "topk",
+        "topk = the k most probable ids and the exact mass of the rest; sample = an unbiased sample of at most k ids",
+        ("topk", "sample"),
+    )
+    k: int = key(64, "ids kept per token; with sample at most", least=1)
     temperatures: list[float] = key([1.0], "temperatures with a logsumexp and a tail column; 1.0 is one of them")
-    seed: int = key(0, "seed of the order in which samples are laid out", least=0)
+    seed: int = key(0, "seed of the order in which samples are laid out, and of draws", least=0)
 
     def __post_init__(self) -> None:
         found = list(self.temperatures)
         if 1.0 not in found or min(found) <= 0 or len(set(found)) < len(found):
             raise ConfigError(
                 f"capture.temperatures: expected different positive numbers, 1.0 among them, found {found}"
+            )
+        if self.method == "sample" and (self.k < 2 or len(found) > 1):
+            raise ConfigError(
+                "capture: expected k of at least 2 and temperatures [1.0] with capture.method=sample, as what is drawn "
+                f"at temperature 1 says nothing of another, found {self.k} and {found}"
             )
 
 

@@ -6,10 +6,10 @@ A sample is a dict of tensors. Row t of each tensor is about the token that foll
 
     sample          int      its number in the store
     tokens          [T]      int64
-    target_ids        [T, K]   int64, by descending probability
-    target_logprobs   [T, K]   float32, at temperature 1
+    target_ids        [T, K]   int64, by descending probability; of a store of samples, those kept, those drawn, then -1
+    target_logprobs   [T, K]   float32, at temperature 1; nan where an id was drawn, or there is none
     logsumexp       [T, n]   float32
-    tail_logprob    [T, n]   float32
+    tail_logprob    [T, n]   float32, of all ids without a target_logprob: each drawn one weighs an equal part of it
     loss_mask       [T]      bool, where not every token is trained on: whether the one that follows is
 """
 

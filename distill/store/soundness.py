@@ -36,6 +36,9 @@ _STEP_SAMPLES = 1 << 22
 _ROUNDING = 2**-7 + 2**-11
 """The relative error of a stored log-probability."""
 
+_UNDRAWN = 1e-5
+"""Of so little mass a sample may have no draw."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -211,13 +214,17 @@ def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
     if "target_ids" in rows:
         ids, logprobs = rows["target_ids"], rows["target_logprobs"].astype(np.float64)
         tail = rows["tail_logprob"].astype(np.float64)
+        sampled = attributes["method"] == "sample"
+        if sampled:
+            rules |= _rules_of_samples(ids, logprobs, tail)
+            logprobs = np.where(np.isnan(logprobs), -np.inf, logprobs)
         whole = np.concatenate([logprobs, tail[:, [attributes["temperatures"].index(1.0)]]], axis=1)
         # each is off by _ROUNDING of itself, at most
         slack = 1e-3 + (np.exp(whole) * np.expm1(_ROUNDING * np.clip(-whole, 0, 1e3))).sum(axis=1)
         ordered = np.sort(ids, axis=1)
         rules |= {
-            "target_ids: an id is outside the vocabulary": (ids < 0) | (ids >= vocab_size),
-            "target_ids: an id is there twice": ordered[:, 1:] == ordered[:, :-1],
+            "target_ids: an id is outside the vocabulary": (ids < -sampled) | (ids >= vocab_size),
+            "target_ids: an id is there twice": (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0),
             "target_logprobs: a log-probability is above 0, or no number": ~(logprobs <= 0),
             "target_logprobs: not in descending order": ~(logprobs[:, 1:] <= logprobs[:, :-1]),
             "tail_logprob: a log-probability is above 0, or no number": ~(tail <= 0),
@@ -227,6 +234,21 @@ def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
             ),
         }
     return [rule for rule, broken in rules.items() if broken.any()]
+
+
+def _rules_of_samples(ids: NDArray[Any], logprobs: NDArray[Any], tail: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
+    """What a sample of a distribution does not have: ids that are kept, with a log-probability, then drawn ones."""
+    there, kept = ids >= 0, ~np.isnan(logprobs)
+    drawn = there & ~kept
+    both = drawn[:, 1:] & drawn[:, :-1]
+    return {
+        "target_ids: an id after the end of its row": there[:, 1:] & ~there[:, :-1],
+        "target_logprobs: a log-probability without an id, or after a drawn one": (kept & ~there)[:, 1:]
+        | (kept[:, 1:] & ~kept[:, :-1]),
+        "target_logprobs: none in a row": ~(kept & there)[:, 0],
+        "target_ids: drawn ones not in ascending order": both & (ids[:, 1:] < ids[:, :-1]),
+        "tail_logprob: nothing was drawn of it": ~drawn.any(axis=1) & (np.exp(tail[:, 0]) > _UNDRAWN),
+    }
 
 
 def block_problems(

@@ -26,7 +26,8 @@ def evaluate(learner: nn.Module, cache: TeacherCache, batch_size: int, device: t
 
     tokens             how many there were
     cross_entropy      -log q of the token that follows, nats
-    kl                 KL(teacher || student) over the kept ids and the rest as one event, nats
+    kl                 KL(teacher || student) over the kept ids and the rest as one event, nats; ids that a store has
+                       drawn belong to the rest
     top1_agreement     share of tokens for which both find the same id most probable
     calibration_error  expected |confidence - accuracy| of the most probable token, over 15 bins of confidence
     """
@@ -61,10 +62,18 @@ def measured(logits: Tensor, rows: Mapping[str, Tensor], temperatures: list[floa
     whole = [
         torch.tensor(len(following), device=logits.device),
         torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="sum"),
-        _TO_TEACHER.per_row(logits, rows, temperatures).sum(),
+        _TO_TEACHER.per_row(logits, _without_draws(rows), temperatures).sum(),
         (guess == rows["target_ids"][:, 0]).sum(),
     ]
     return torch.cat([torch.stack([value.double() for value in whole]), per_bin.flatten()])
+
+
+def _without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows without the ids that were drawn: their weights say what the teacher does in the mean, not how KL is."""
+    ids, logprobs = rows["target_ids"], rows["target_logprobs"]
+    none = logprobs.isnan()
+    kept = {"target_ids": torch.where(none, ids[:, :1], ids), "target_logprobs": logprobs.masked_fill(none, -torch.inf)}
+    return {**rows, **kept}
 
 
 def summarize(sums: Tensor) -> dict[str, Any]:

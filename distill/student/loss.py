@@ -2,13 +2,18 @@
 
 N rows, V the student's vocabulary, K kept ids, n temperatures, H hidden size. docs/training.md has the formulas.
 
-The store has the teacher's probability p of each of the K kept ids, and one number for all other ids together: the mass
-of the tail. `tail` says what a loss does with it:
+A store of method topk has the teacher's probability p of each of the K kept ids, and one number for all other ids
+together: the mass of the tail. `tail` says what a loss does with it:
 
 bucket        it is one more event. Both distributions are over K + 1 events; the last is "any other id". The divergence
               is a lower bound of the full one, and zero only where both agree on all K + 1 events
 renormalize   it is left out, and p is scaled up to a sum of 1. This is biased: it teaches overconfidence
 ground_truth  it is given to the token that really follows (Anshumann et al., Sparse Logit Sampling, ACL 2025)
+
+In a row of method sample some ids of the tail were drawn, and stand for all of it: each weighs an equal part of its
+mass. The expected weight of every id is its p. So the gradient of forward KL with these weights is, in the mean, that
+with the whole p (its value is higher, whatever the student says), and `tail` has nothing to do. A divergence that is
+not linear in p has no such estimate.
 
 Forward KL is KL(p || q): Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015. Reverse KL is
 KL(q || p): Gu et al., MiniLLM, 2024. Jensen-Shannon is the mean of both to the mixture: Agarwal et al., On-Policy
@@ -82,6 +87,20 @@ class DistillationLoss:
                 f"loss: expected temperature > 0 and alpha in [0, 1], found {self.temperature} and {self.alpha}"
             )
 
+    @property
+    def linear(self) -> bool:
+        """Whether the gradient is linear in the teacher's probabilities: then a sample gives it in the mean."""
+        return self.alpha == 0 or (self.divergence == "forward_kl" and self.temperature == 1)
+
+    def check_method(self, method: str) -> None:
+        """Raise ConfigError where rows of a store of this capture.method do not hold what this loss needs."""
+        if method == "sample" and not self.linear:
+            raise ConfigError(
+                "loss: expected divergence forward_kl and temperature 1 with a store of capture.method=sample, whose "
+                "rows say in the mean what the teacher says, not what is outside of them, found "
+                f"{self.divergence} and {self.temperature} (generate with capture.method=topk for these)"
+            )
+
     def check(self, temperatures: Sequence[float]) -> None:
         """Raise ConfigError where a store with these `temperatures` does not hold what this loss needs."""
         if self.temperature not in temperatures and self.tail != "renormalize":
@@ -97,15 +116,23 @@ class DistillationLoss:
         rows: of a batch, [N, ...]. The mass of kept ids that the student lacks (padding of the teacher's softmax) is
         added to the tail. A row of which the student knows no kept id has an event without mass, and all in the tail;
         where there is no tail, its target means nothing, and `per_row` leaves it out.
+        Raises ConfigError for a row of method sample where this loss cannot be had from one.
         """
         at_one, t = list(temperatures).index(1.0), self.temperature
+        column = at_one if self.tail == "renormalize" else list(temperatures).index(t)
         ids, logprobs = rows["target_ids"], rows["target_logprobs"]
+        mass, tail = rows["tail_logprob"][:, column], None
+        drawn = logprobs.isnan() & (ids >= 0)
+        if not self.linear and drawn.any():
+            self.check_method("sample")
+        weight = mass - drawn.sum(dim=1).clamp(min=1).log()  # of each id that was drawn
         if self.tail == "renormalize":
-            logprobs, tail = logprobs / t, None
+            logprobs = logprobs / t
         else:
-            column = list(temperatures).index(t)
             logprobs = (logprobs + rows["logsumexp"][:, [at_one]]) / t - rows["logsumexp"][:, [column]]
-            tail = rows["tail_logprob"][:, column]
+            tail = mass.masked_fill(drawn.any(dim=1), -torch.inf)
+        logprobs = torch.where(drawn, weight[:, None], logprobs).masked_fill(ids < 0, -torch.inf)
+        ids = torch.where(ids < 0, ids[:, :1], ids)
         if vocab_size <= int(ids.max()):
             unknown = ids >= vocab_size
             if tail is not None:
@@ -148,7 +175,8 @@ class DistillationLoss:
             scaled = logits if self.temperature == 1 else logits / self.temperature
             found = divergence[self.divergence](scaled, target)
             if self.tail != "ground_truth":
-                found = torch.where((rows["target_ids"] < logits.shape[1]).any(dim=1), found, 0.0)
+                ids = rows["target_ids"]
+                found = torch.where(((ids >= 0) & (ids < logits.shape[1])).any(dim=1), found, 0.0)
             loss = self.alpha * self.temperature**2 * found
         if self.alpha < 1:
             loss = loss - (1 - self.alpha) * log_softmax_at(logits, rows["next_tokens"][:, None])[:, 0]

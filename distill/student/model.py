@@ -117,6 +117,7 @@ def shortened(model: Any, kept: Sequence[int]) -> Any:
 
 def check(source: Source, loss: DistillationLoss, cache: Any) -> None:
     """Raise ConfigError or StoreError where this student cannot learn from this cache."""
+    loss.check_method(cache.attributes["method"])
     loss.check(cache.temperatures)
     cache.check_tokenizer(source.tokenizer)
     known = int(cache.attributes["tokenizer"]["vocab_size"])

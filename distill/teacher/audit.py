@@ -2,10 +2,10 @@
 
 N rows, V vocabulary, K kept ids, n temperatures.
 
-The divergence of a row is sum p log(p / q) - p + q over the K kept ids and one bucket for all others: of the store's p,
-which are rounded, from the teacher's q, which are not. Beside it stands that of the teacher's own rows in batches of
-another shape, rounded as a store's are: what rounding and batch shapes alone explain. A store that this teacher has
-made differs by no more; rows of other tokens, other samples or other weights differ by far more.
+The divergence of a row is sum p log(p / q) - p + q over the K kept ids and one bucket for all others, drawn ones too:
+of the store's p, which are rounded, from the teacher's q, which are not. Beside it stands that of the teacher's own
+rows in batches of another shape, rounded as a store's are: what rounding and batch shapes alone explain. A store that
+this teacher has made differs by no more; rows of other tokens, other samples or other weights differ by far more.
 """
 
 import tempfile
@@ -17,18 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config import BatchConfig, GenerateConfig, ParallelConfig, TeacherConfig
+from distill.config import BatchConfig, CaptureConfig, GenerateConfig, ParallelConfig, TeacherConfig
 from distill.data.plan import batches
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.device import count_devices, free_bytes, pick_device
 from distill.run.grid import Grid
 from distill.store.schema import CAPTURED
 from distill.store.store import Store
-from distill.teacher.capture import Captured, capture, round_logprobs
+from distill.teacher.capture import Captured, round_logprobs
 from distill.teacher.loading import load
+from distill.teacher.method import capture
 from distill.teacher.model import Teacher
 from distill.teacher.placement import decide
 from distill.teacher.prepare import find
+from distill.teacher.sample import uniforms
 from distill.teacher.summary import table
 
 FACTOR = 3.0
@@ -43,7 +45,7 @@ class Figures:
     """How far two runs are apart, over all rows looked at.
 
     mean, high, largest: the divergence: its mean, its 99th percentile, its largest, in nats
-    kept, first:         the shares that do not agree: of the K ids, and of the most probable ids
+    kept, first:         the shares that do not agree: of a row's ids, drawn ones too, and of the most probable ids
     logsumexp:           the largest difference
     """
 
@@ -210,25 +212,41 @@ def _batches(store: Store, block: int, max_tokens: int, switch: int | None) -> l
 
 def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Tensor, Tensor]:
     """How far the store, and this teacher in another batch shape, are from the teacher in this batch: [N, 4] each."""
-    k, temperatures = store.attributes["k"], store.attributes["temperatures"]
+    found = store.attributes
+    temperatures = found["temperatures"]
+    settings = CaptureConfig(found["method"], found["k"], temperatures, found["config"]["capture.seed"])
+    draws = [uniforms(settings.seed, rows.start, len(rows)) for rows in batch]
     read = [store.read_arrays(("tokens", *CAPTURED), rows.start, rows.stop) for rows in batch]
     tokens = [rows["tokens"] for rows in read]
     stored = _Rows(*(torch.from_numpy(np.concatenate([rows[name] for rows in read])) for name in CAPTURED))
-    if (stored.ids < 0).any() or (stored.ids >= teacher.vocab_size).any():
+    if (
+        (stored.ids[:, 0] < 0).any()
+        or ((stored.ids < 0) & ~stored.logprobs.isnan()).any()
+        or (stored.ids >= teacher.vocab_size).any()
+    ):
         raise StoreError(f"{store.path}: damaged: target_ids, rows {batch[0].start} to {batch[0].stop}, and others")
-    others = [[sample] for sample in tokens] if len(batch) > 1 else [tokens * 2]
-    parts = [teacher.capture(other, k, temperatures) for other in others]
+    others = [[i] for i in range(len(batch))] if len(batch) > 1 else [[0, 0]]
+    parts = [
+        teacher.capture([tokens[i] for i in other], settings, np.concatenate([draws[i] for i in other]))
+        for other in others
+    ]
     other = _Rows.of(Captured.concatenate([part for part in parts if part is not None])).part(0, len(stored.ids))
-    column, at = temperatures.index(1.0), 0
-    found: tuple[list[Tensor], list[Tensor]] = [], []
+    column, at, u = temperatures.index(1.0), 0, torch.from_numpy(np.concatenate(draws))
+    differences: tuple[list[Tensor], list[Tensor]] = [], []
     for logits in teacher.logits(tokens):  # [n, V]
         runs = [rows.part(at, at + len(logits)) for rows in (stored, other)]
         divergences = [_divergence(logits, rows, column) for rows in runs]
-        own = capture(logits, k, temperatures, torch.full((len(logits),), -1, device=logits.device))
-        for into, rows, divergence in zip(found, runs, divergences, strict=True):
+        own = capture(
+            logits,
+            settings,
+            torch.full((len(logits),), -1, device=logits.device),
+            u[at : at + len(logits)].to(logits.device),
+        )
+        assert own is not None
+        for into, rows, divergence in zip(differences, runs, divergences, strict=True):
             into.append(torch.stack([divergence, *_differences(rows, own)], dim=1))
         at += len(logits)
-    return torch.cat(found[0]), torch.cat(found[1])
+    return torch.cat(differences[0]), torch.cat(differences[1])
 
 
 @dataclass(frozen=True)
@@ -254,12 +272,13 @@ class _Rows:
 
 def _divergence(logits: Tensor, rows: _Rows, column: int) -> Tensor:
     """Of `rows` from the distributions of `logits` [n, V] at temperature 1, [n] float64. column: of that."""
-    ids = rows.ids.long().to(logits.device)
+    known = ~rows.logprobs.isnan()
+    ids = torch.where(known, rows.ids, rows.ids[:, :1]).long().to(logits.device)
     everything = logits.logsumexp(dim=1).double()
-    kept = logits.gather(1, ids).double() - everything[:, None]
+    kept = (logits.gather(1, ids).double() - everything[:, None]).masked_fill(~known.to(logits.device), -torch.inf)
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(dim=1).double() - everything
     q = torch.cat([kept, rest[:, None]], dim=1).cpu()  # [n, K + 1]
-    p = torch.cat([rows.logprobs, rows.tail[:, [column]]], dim=1).double()
+    p = torch.cat([rows.logprobs.masked_fill(~known, -torch.inf), rows.tail[:, [column]]], dim=1).double()
     return (torch.where(p == -torch.inf, 0, p.exp() * (p - q)) - p.exp() + q.exp()).sum(dim=1)
 
 
@@ -267,9 +286,10 @@ def _differences(rows: _Rows, own: Captured) -> tuple[Tensor, Tensor, Tensor]:
     """Of `rows` and what was captured, [n] float64 each: the shares of other ids, other first ids, and of logsumexp."""
     ids, logsumexp = own.target_ids.cpu(), own.logsumexp.cpu()
     both = torch.cat([rows.ids, ids], dim=1).sort(dim=1).values  # in each of the two an id is there once
-    same = (both[:, 1:] == both[:, :-1]).sum(dim=1)
+    same = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(dim=1)
+    most = torch.maximum((rows.ids >= 0).sum(dim=1), (ids >= 0).sum(dim=1))
     first = rows.ids[:, 0] != ids[:, 0]
-    return 1 - same.double() / ids.shape[1], first.double(), (rows.logsumexp - logsumexp).abs().amax(dim=1).double()
+    return 1 - same.double() / most, first.double(), (rows.logsumexp - logsumexp).abs().amax(dim=1).double()
 
 
 def _figures(parts: Sequence[Tensor]) -> Figures:

@@ -1,4 +1,4 @@
-"""What is kept of a next-token distribution, and how it is taken from logits.
+"""What is kept of a next-token distribution, and how the most probable ids are taken from logits; `sample` draws.
 
 N rows, V vocabulary, K kept ids, n temperatures.
 
@@ -25,10 +25,10 @@ MANTISSA_BITS = 6
 class Captured:
     """What is kept of N distributions, on the device of the logits.
 
-    target_ids:       [N, K] int32, by descending logit, ties by lowest id
-    target_logprobs:  [N, K] float32, at temperature 1
+    target_ids:       [N, K] int32, by descending logit, ties by lowest id; of a sample, as `sample` says
+    target_logprobs:  [N, K] float32, at temperature 1; nan where an id was drawn, or there is none
     logsumexp:        [N, n] float32
-    tail_logprob:     [N, n] float32; -inf where the K ids are the whole vocabulary
+    tail_logprob:     [N, n] float32, of all ids without a target_logprob; -inf where there are none
     next_logprob:     [N] float32, at temperature 1, of the id that really follows; nan where none does
     """
 
@@ -60,29 +60,16 @@ class Candidates:
 
 
 @torch.inference_mode()
-def capture(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Tensor) -> Captured:
-    """What is kept of logits ([N, V] float32, overwritten).
-
-    next_ids: [N] int64, the ids that follow, -1 where none does.
-    Where a row has a logit that is NaN or +inf, its logsumexp is not finite.
-    """
-    return conclude([reduce(logits, k, temperatures, next_ids)], k, temperatures)
-
-
-@torch.inference_mode()
 def reduce(logits: Tensor, k: int, temperatures: Sequence[float], next_ids: Tensor, first_id: int = 0) -> Candidates:
     """The candidates among logits ([N, W] float32, overwritten) of the ids from `first_id` on."""
-    at = next_ids - first_id
-    here = (at >= 0) & (at < logits.shape[1])
-    following = logits.gather(1, torch.where(here, at, 0)[:, None])[:, 0]
-    values, ids, largest_left = _topk(logits, k)
+    values, ids, largest_left = largest(logits, k)
+    following = logit_of(logits, next_ids - first_id, next_ids < 0)
     logits.scatter_(1, ids, -torch.inf)  # now only the tail is left
     logits.sub_(largest_left[:, None])  # so that exp() below neither overflows nor loses the whole tail
     rest = []
     for i, temperature in enumerate(temperatures):
         scaled = logits.div_(temperature) if i == len(temperatures) - 1 else logits / temperature
         rest.append(scaled.exp_().sum(dim=1).log_() + largest_left / temperature)
-    following = torch.where(here, following, -torch.inf).masked_fill_(next_ids < 0, torch.nan)
     return Candidates(values, ids + first_id, torch.stack(rest, dim=1), following)
 
 
@@ -124,7 +111,14 @@ def round_logprobs(logprobs: NDArray[np.float32]) -> NDArray[np.float16]:
     return np.where(np.isfinite(halves), rounded, halves)
 
 
-def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def logit_of(logits: Tensor, ids: Tensor, none: Tensor) -> Tensor:
+    """[N]: of logits [N, W] those of `ids` [N]; -inf where the id is not among them, nan where there is `none`."""
+    here = (ids >= 0) & (ids < logits.shape[1])
+    found = logits.gather(1, torch.where(here, ids, 0)[:, None])[:, 0]
+    return torch.where(here, found, -torch.inf).masked_fill_(none, torch.nan)
+
+
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest values and their ids, both [N, k], by descending value, ties by lowest id; and the next value, [N].
 
     torch.topk orders equal logits as it likes, and chooses among them as it likes. So rows with ties are sorted.

@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distill.config import CaptureConfig
 from distill.errors import TeacherError, first_line
 from distill.teacher.backbone import Backbone, BackboneEnd, Float32Head, backbones
-from distill.teacher.capture import Captured, conclude, reduce
+from distill.teacher.capture import Captured
 from distill.teacher.check import (
     Samples,
     forget_lengths,
@@ -34,6 +35,7 @@ from distill.teacher.check import (
     rope_switch,
     sees_later,
 )
+from distill.teacher.method import capture
 from distill.teacher.share import Share
 from distill.teacher.source import Source
 
@@ -95,19 +97,24 @@ class Teacher:
         for lengths in long:
             self._refuse_what_sees_later(lengths)
 
-    def capture(self, samples: Sequence[NDArray[np.int32]], k: int, temperatures: Sequence[float]) -> Captured | None:
+    def capture(
+        self, samples: Sequence[NDArray[np.int32]], settings: CaptureConfig, u: NDArray[np.float64]
+    ) -> Captured | None:
         """What is kept of the distributions after every token of the samples, sample after sample, on the CPU.
 
-        samples: token ids, [T_i] each, together one batch. All workers of a replica have to call this with the same
-        batches; the result is None on those that do not capture.
+        samples: token ids, [T_i] each, together one batch, N tokens. u: [N], of `sample.uniforms`, for the rows that
+        these are of a store. All workers of a replica have to call this with the same batches; the result is None on
+        those that do not capture.
         """
         following = np.concatenate([np.append(sample[1:], -1) for sample in samples]).astype(np.int64)  # [N]
         next_ids = torch.from_numpy(following).to(self.device)
-        parts, at = [], 0
+        draws = torch.from_numpy(u).to(self.device)
+        parts: list[Captured] = []
+        at = 0
         for logits in self.logits(samples):  # [n, V]
             ids = next_ids[at : at + len(logits)].to(logits.device)
-            shards = self._share.collect(reduce(logits, k, temperatures, ids, self._share.first_id), k)
-            parts += [conclude(shards, k, temperatures)] if shards else []
+            part = capture(logits, settings, ids, draws[at : at + len(logits)].to(logits.device), self._share)
+            parts += [part] if part else []
             at += len(logits)
         return Captured.concatenate(parts) if parts else None
 

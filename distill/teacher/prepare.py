@@ -264,7 +264,6 @@ def plan_store(
         attributes={
             "method": config.capture.method,
             "k": config.capture.k,
-            "draws": 0,
             "temperatures": list(config.capture.temperatures),
             "vocab_size": source.vocab_size,
             "block_rows": layout.block_rows,

@@ -2,11 +2,13 @@
 
 B batch, T positions (padded), N rows, C candidates of a vocabulary shard, n temperatures.
 
-`Teacher` is written once, as for the whole model. It asks its share to run a module, to bring the candidates of
-all vocabulary shards together, to agree with the other workers of the replica, and to wait for them at the end.
+`Teacher` is written once, as for the whole model. It asks its share to run a module, to bring together what the
+vocabulary shards found and to tell each what to do, to agree with the other workers of the replica, and to wait for
+them at the end.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +36,14 @@ class Share:
     def collect(self, candidates: Candidates, k: int) -> list[Candidates]:  # noqa: ARG002
         """The candidates of every vocabulary shard, in order; none where another worker has them."""
         return [candidates]
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        """`part` of every vocabulary shard, in order; none where another worker has them."""
+        return [part]
+
+    def deal(self, parts: Sequence[Tensor], into: Tensor) -> Tensor:  # noqa: ARG002
+        """Of the `parts` that the first worker has, this shard's; `into` has its shape and dtype."""
+        return parts[0]
 
     def agree(self, good: bool) -> bool:
         """Whether all workers of the replica say that it is good."""
@@ -70,17 +80,22 @@ class Shard(GroupShare):
         """Gathered on the replica's first worker. Each worker sends K candidates for a row, not its logits."""
         counts = [min(k, width) for width in self._widths]
         fill = (0, counts[0] - counts[self.rank])  # the last shards may be narrower than K
-        numbers = self._gather(
+        numbers = self.gather(
             torch.cat([pad(candidates.values, fill), candidates.rest, candidates.following[:, None]], dim=1)
         )
-        ids = self._gather(pad(candidates.ids, fill))
+        ids = self.gather(pad(candidates.ids, fill))
         return [
             Candidates(found[:, :count], its_ids[:, :count], found[:, counts[0] : -1], found[:, -1])
             for count, found, its_ids in zip(counts, numbers, ids, strict=False)
         ]
 
-    def _gather(self, part: Tensor) -> list[Tensor]:
+    def gather(self, part: Tensor) -> list[Tensor]:
         """`part` of every worker on the first worker, nothing elsewhere."""
         into = [torch.empty_like(part) for _ in range(self.size)] if self.captures else None
         dist.gather(part.contiguous(), into)
         return into or []
+
+    def deal(self, parts: Sequence[Tensor], into: Tensor) -> Tensor:
+        """To each worker its part, from the first worker; it is received in `into`."""
+        dist.scatter(into, [part.contiguous() for part in parts] or None)
+        return into

@@ -24,6 +24,7 @@ from distill.store.schema import CAPTURED
 from distill.store.writable import WritableStore
 from distill.teacher.capture import Captured, round_logprobs
 from distill.teacher.model import Teacher
+from distill.teacher.sample import uniforms
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,9 @@ class Worker:
         starts = self._store.read_rows("sample_start", samples.start, samples.stop) - first
         ends = starts + lengths
         tokens = self._store.read_rows("tokens", first, first + int(ends[-1]))
-        k, num_temperatures = self._config.capture.k, len(self._config.capture.temperatures)
+        capture = self._config.capture
+        u = uniforms(capture.seed, first, int(ends[-1]))
+        k, num_temperatures = capture.k, len(capture.temperatures)
         arrays = {
             "target_ids": np.full((ends[-1], k), -1, np.int32),
             "target_logprobs": np.full((ends[-1], k), np.nan, np.float16),
@@ -109,11 +112,11 @@ class Worker:
         for batch in batches(lengths, self._config.batch.max_tokens, self._teacher.rope_switch):
             self._watch.beat()
             rows = [np.arange(starts[i], ends[i]) for i in batch]
-            captured = self._teacher.capture([tokens[span] for span in rows], k, self._config.capture.temperatures)
+            at = np.concatenate(rows)
+            captured = self._teacher.capture([tokens[span] for span in rows], capture, u[at])
             if captured is None:
                 continue
             self._check_finite(captured, batch + samples.start, lengths[batch])
-            at = np.concatenate(rows)
             arrays["target_ids"][at] = captured.target_ids.numpy()
             arrays["target_logprobs"][at] = round_logprobs(captured.target_logprobs.numpy())
             arrays["logsumexp"][at] = captured.logsumexp.numpy()

@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import obstore
 import pytest
+import torch
 
 from distill.store.soundness import BlockCheck
 from distill.store.writable import WritableStore
 from distill.teacher.capture import round_logprobs
+from distill.teacher.sample import uniforms
 from distill.verify import main
+from tests.captured import sample
 from tests.store.seaweedfs import Server
 from tests.support import tree
 
 Rows = dict[str, Any]
 ATTRIBUTES = {
+    "method": "topk",
     "k": 5,
     "temperatures": [2.0, 1.0],
     "vocab_size": 50,
@@ -45,9 +49,25 @@ def made_up() -> Rows:
     }
 
 
-def write(path: Path, rows: Rows, tokens: Any = None, lengths: Any = None, block: int = 2) -> Path:
-    """A complete store of 4 blocks, with these `rows` and `tokens` in one of them."""
-    store = WritableStore.create(str(path), {}, ATTRIBUTES, masked=False, codec="portable")
+def made_up_sample() -> Rows:
+    """The same of a store of samples: 20 rows over 50 ids, at most 5 of them kept or drawn, one row certain."""
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * 3
+    logits[4, 9] += 60
+    found = sample(logits, 5, torch.from_numpy(uniforms(0, 0, 20)))
+    return {
+        "target_ids": found.target_ids.numpy(),
+        "target_logprobs": round_logprobs(found.target_logprobs.numpy()),
+        "logsumexp": found.logsumexp.numpy(),
+        "tail_logprob": round_logprobs(found.tail_logprob.numpy()),
+    }
+
+
+def write(
+    path: Path, rows: Rows, tokens: Any = None, lengths: Any = None, block: int = 2, whole: Rows | None = None
+) -> Path:
+    """A complete store of 4 blocks, with these `rows` and `tokens` in one of them, and `whole` in the others."""
+    method: Rows = {"method": "sample", "temperatures": [1.0]} if rows["tail_logprob"].shape[1] == 1 else {}
+    store = WritableStore.create(str(path), {}, ATTRIBUTES | method, masked=False, codec="portable")
     store.write_all("sample_start", np.array([0, 10, 32, 42, 64, 74, 96, 106]))
     store.write_all("sample_length", np.full(8, 10, np.int32) if lengths is None else np.array(lengths, np.int32))
     store.write_all("sample_index", np.arange(8))
@@ -55,7 +75,7 @@ def write(path: Path, rows: Rows, tokens: Any = None, lengths: Any = None, block
         store.write_rows("tokens", i, np.arange(20) if tokens is None or i != block else tokens)
     store.publish()
     for i in range(4):
-        for name, values in (rows if i == block else made_up()).items():
+        for name, values in (rows if i == block else whole or made_up()).items():
             store.write_rows(name, i, values)
         store.commit(i, 20)
     store.mark_complete()
@@ -94,6 +114,46 @@ RULES = {
     "logsumexp: not finite": changed("logsumexp", (3, 1), np.inf),
     "the probabilities do not add up to 1": lambda rows: rows["tail_logprob"].__isub__(np.float16(0.25)),
 }
+
+
+def at_drawn(rows: Rows, row: int) -> int:
+    """The first place of a drawn id in a row with two of them at least."""
+    drawn = np.isnan(rows["target_logprobs"][row]) & (rows["target_ids"][row] >= 0)
+    assert drawn.sum() >= 2
+    return int(drawn.argmax())
+
+
+def shuffled_draws(rows: Rows) -> None:
+    at = at_drawn(rows, 3)
+    rows["target_ids"][3, at : at + 2] = rows["target_ids"][3, at : at + 2][::-1].copy()
+
+
+def without_draws(rows: Rows) -> None:
+    rows["target_ids"][3, at_drawn(rows, 3) :] = -1
+
+
+RULES_OF_SAMPLES = {
+    "target_ids: an id is outside the vocabulary": changed("target_ids", (7, 1), -2),
+    "target_ids: an id is there twice": lambda rows: changed("target_ids", (3, 1), rows["target_ids"][3, 0])(rows),
+    "target_ids: an id after the end of its row": changed("target_ids", (3, 1), -1),
+    "target_ids: drawn ones not in ascending order": shuffled_draws,
+    "target_logprobs: a log-probability without an id, or after a drawn one": changed("target_logprobs", (4, 3), -9.0),
+    "target_logprobs: none in a row": changed("target_logprobs", (3, 0), np.nan),
+    "tail_logprob: nothing was drawn of it": without_draws,
+    "the probabilities do not add up to 1": lambda rows: rows["tail_logprob"].__isub__(np.float16(0.25)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES_OF_SAMPLES)
+def test_each_rule_of_a_sample_is_checked(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = made_up_sample()
+    assert (rows["target_ids"][4] >= 0).sum() == 1
+    RULES_OF_SAMPLES[rule](rows)
+    assert main([str(write(tmp_path / "x.zarr", rows, whole=made_up_sample()))]) == 1
+    out = capsys.readouterr().out
+    assert re.search(f"block 2: .*{rule}", out), out
+    assert "block 1:" not in out
+    assert main([str(write(tmp_path / "sound.zarr", made_up_sample(), whole=made_up_sample()))]) == 0
 
 
 @pytest.mark.parametrize("rule", RULES)

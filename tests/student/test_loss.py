@@ -6,7 +6,7 @@ from torch import nn
 
 from distill.errors import ConfigError
 from distill.student.loss import DistillationLoss, Target, forward_kl
-from distill.teacher.capture import capture
+from tests.captured import topk
 
 N, V, K = 12, 50, 6
 TEMPERATURES = [1.0, 2.5]
@@ -18,7 +18,7 @@ def teacher_rows(k=K, vocab=V, scale=3.0):
     logits = torch.randn(N, vocab) * scale
     following = torch.arange(N) % min(vocab, V)
     following[0] = logits[0].argmax()  # one is among the kept ids for sure
-    found = capture(logits.clone(), k, TEMPERATURES, following)
+    found = topk(logits.clone(), k, TEMPERATURES, following)
     names = ("target_logprobs", "logsumexp", "tail_logprob")
     rows = {name: getattr(found, name).clone() for name in names}
     return logits, rows | {"target_ids": found.target_ids.long(), "next_tokens": following}
@@ -119,7 +119,7 @@ def test_draws_are_unbiased():
 def test_ids_that_the_student_lacks_count_as_tail():
     teacher, rows = teacher_rows(vocab=V + 4, scale=1.0)
     teacher[:, V:] += 2.0  # so that padding of the softmax is among the kept
-    found = capture(teacher.clone(), K, TEMPERATURES, rows["next_tokens"])
+    found = topk(teacher.clone(), K, TEMPERATURES, rows["next_tokens"])
     rows |= {"target_ids": found.target_ids.long(), "target_logprobs": found.target_logprobs.clone()}
     rows |= {"logsumexp": found.logsumexp.clone(), "tail_logprob": found.tail_logprob.clone()}
     known = rows["target_ids"] < V

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.teacher.capture import capture
 from distill.teacher.model import Teacher
+from tests.captured import topk
 from tests.support import MODELS, build_model
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_logits_of_a_whole_batch_never_exist():
     with Peak() as peak:
         rows = 0
         for logits in teacher.logits(batch):
-            capture(logits, 8, [1.0, 2.0], torch.zeros(len(logits), dtype=torch.long))
+            topk(logits, 8, [1.0, 2.0], torch.zeros(len(logits), dtype=torch.long))
             rows += len(logits)
     assert rows == 800
     assert 50 * 1000 <= peak.elements < 8 * 100 * 1000 / 4
