@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 -m distill.generate                         # the same on 8 workers, GPU or CPU
     torchrun --nproc_per_node 8 -m distill.generate configs/eight_gpus.yaml dataset.max_samples=100000
     python -m distill.generate --plan configs/eight_gpus.yaml               # what such a run would do, and stop
+    python -m distill.generate --measure configs/eight_gpus.yaml            # the same, and what each k would keep
 
 1. find      the teacher, and how large it is
 2. plan      worker 0: tokenize the dataset, place each sample, create the store with its tokens
@@ -43,9 +44,10 @@ logger = logging.getLogger("distill.generate")  # __name__ is __main__ here
 
 def main(arguments: Sequence[str]) -> int:
     """Run with these command-line arguments; return the exit status: 0 done, 1 failed, 2 bad usage or input."""
-    usage = "[torchrun --nproc_per_node N | python] -m distill.generate [--plan]"
-    settings = [argument for argument in arguments if argument != "--plan"]
-    body = generate if len(settings) == len(arguments) else partial(show_plan, arguments=settings)
+    usage = "[torchrun --nproc_per_node N | python] -m distill.generate [--plan | --measure]"
+    settings = [argument for argument in arguments if argument not in ("--plan", "--measure")]
+    plan = partial(show_plan, arguments=settings, measure="--measure" in arguments)
+    body = generate if len(settings) == len(arguments) else plan
     return run_worker(GenerateConfig, usage, settings, body)
 
 
@@ -132,13 +134,16 @@ def announce(config: GenerateConfig, grid: Grid) -> None:
         logger.info("distill %s, %d worker%s", __version__, grid.world_size, where)
 
 
-def show_plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequence[str]) -> None:
-    """Print what a run with these `arguments` would do, and how large its store would be; no teacher is loaded."""
+def show_plan(config: GenerateConfig, grid: Grid, session: Session, arguments: Sequence[str], measure: bool) -> None:
+    """Print what a run with these `arguments` would do, and how large its store would be.
+
+    measure: run the teacher over a few batches, to say what each capture.k would keep of it; else it is not loaded.
+    """
     if grid.rank == 0:
-        from distill.teacher.prepare import preview
+        from distill.teacher.preview import preview
 
         session.open(config.log_dir, grid.log_name)
-        print(preview(config, grid, arguments))
+        print(preview(config, grid, arguments, measure))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from distill.run.log import adapt_to_machine
 from distill.settings import expand, load, split
 from distill.store.store import Store
 from distill.student.metrics import is_run, side_by_side
+from distill.teacher.choice import Choice
 from distill.teacher.source import local_tokenizer
-from distill.teacher.summary import human, mean_kept_mass, table
+from distill.teacher.summary import human, table
 
 _USAGE = (
     "usage: python -m distill.inspect STORE [CONFIG.yaml ...] [store.options.KEY=VALUE ...], "
@@ -76,8 +77,8 @@ def describe(store: Store) -> str:
             f"vocabulary {found['vocab_size']:,}, tokenizer {found['tokenizer']['vocab_size']:,}",
             "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
             f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
-            "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}, "
-            f"mean top-k mass {mean_kept_mass(store):.4f}",
+            "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}",
+            **Choice.of(store).lines(found["vocab_size"], found["config"].get("store.codec", "portable")),
             "layout": f"{len(committed)} blocks of {store.block_rows:,} rows",
             "size": f"{human(total)}, {total / max(1, tokens):.0f} bytes/token",
             "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
@@ -115,13 +116,17 @@ def _example(store: Store, sample: int, start: int, length: int, tokenizer: Any)
 
     stop = start + min(length, _SHOWN_ROWS)
     tokens, ids = store.read_rows("tokens", start, stop), store.read_rows("target_ids", start, stop)
-    probabilities = np.exp(store.read_rows("target_logprobs", start, stop).astype(np.float32))
+    logprobs = store.read_rows("target_logprobs", start, stop).astype(np.float32)
     example = store.read_rows("sample_index", sample, sample + 1)[0]
     lines = [
         f"sample {sample} (example {example} of the dataset, {length} tokens): token -> what the teacher expects next"
     ]
-    for token, candidates, chances in zip(tokens, ids, probabilities, strict=True):
-        following = [f"{words(i)} {p:.2f}" for i, p in zip(candidates[:_SHOWN_IDS], chances, strict=False)]
+    for token, candidates, chances in zip(tokens, ids, np.exp(logprobs), strict=True):
+        following = [
+            f"{words(i)} {'(drawn)' if np.isnan(p) else f'{p:.2f}'}"
+            for i, p in zip(candidates[:_SHOWN_IDS], chances, strict=False)
+            if i >= 0
+        ]
         lines.append(f"  {words(token):16} -> {'  '.join(following)}")
     return "\n".join(lines)
 

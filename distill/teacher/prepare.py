@@ -4,11 +4,9 @@ import base64
 import importlib.metadata
 import json
 import logging
-import os
 import platform
-import shlex
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +20,10 @@ from distill.config import GenerateConfig
 from distill.data import plan
 from distill.data.dataset import Data
 from distill.data.dataset import find as find_data
-from distill.data.show import marked
 from distill.data.tokenize import Samples, tokenize
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.board import Board
-from distill.run.device import count_devices, free_bytes, pick_device
+from distill.run.device import count_devices
 from distill.run.grid import Grid
 from distill.settings import to_yaml
 from distill.store.fingerprint import differences, summarize
@@ -36,7 +33,7 @@ from distill.teacher.check import rope_switch
 from distill.teacher.model import resolve_dtype, slice_bytes
 from distill.teacher.placement import Needs, Placement, arithmetic, decide
 from distill.teacher.source import Source, locate
-from distill.teacher.summary import expected_bytes, human, summary, table
+from distill.teacher.summary import summary
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +101,7 @@ def plan_job(
         return Job.of_note(note, store)
     check_settings(config, source)
     free = min(int(board.wait(f"free memory of {rank}")) for rank in range(grid.world_size))
-    placement = _place(config, grid, needs, free, device)
+    placement = place(config, grid, needs, free, device)
     data = find_data(config.dataset)
     fingerprint = fingerprint_of(config, source, needs, data)
     store = find_store(config, fingerprint)
@@ -125,47 +122,8 @@ def plan_job(
     return job
 
 
-def preview(config: GenerateConfig, grid: Grid, arguments: Sequence[str]) -> str:
-    """What --plan prints, for a run with these command-line `arguments`. Raises UserError as a run would.
-
-    Without torchrun: for the workers that this machine would take, one for each GPU, or for each core.
-    """
-    device = pick_device("teacher.device", config.teacher.device, 0, 1)
-    if not grid.launched:
-        each = config.parallel.shard_size if config.parallel.mode == "device_map" else 1
-        devices = count_devices(config.teacher.device, device, len(os.sched_getaffinity(0)))
-        workers = max(1, devices // each) if isinstance(each, int) else 1
-        grid = Grid(world_size=workers, local_world_size=workers)
-    source, needs = find(config, device)
-    check_settings(config, source)
-    free = free_bytes(device, grid.local_world_size)
-    placement = _place(config, grid, needs, free, device)
-    samples, _, layout = lay_out(config, source, find_data(config.dataset))
-    first = samples.take(np.array([0]))
-    tokens = int(layout.lengths.sum(dtype=np.int64))
-    fewest, rest = divmod(layout.num_blocks, grid.sharded(placement.workers).num_replicas)
-    share = f"{fewest} or {fewest + 1}" if rest else fewest
-    size = expected_bytes(tokens, config.capture.k, needs.vocab_size, len(config.capture.temperatures))
-    shown = marked(source.tokenizer, first["tokens"], first.get("loss_mask"))
-    command = ["torchrun", f"--nproc_per_node={grid.local_world_size}", "-m", "distill.generate", *arguments]
-    return (
-        table(
-            {
-                "teacher": f"{config.teacher.model} ({needs.architecture}, {needs.dtype_name}) on {device.type}",
-                "memory": arithmetic(needs, free, placement),
-                "parallel": placement.describe(grid),
-                "samples": f"{len(layout.lengths):,}",
-                "tokens": f"{tokens:,}",
-                "blocks": f"{layout.num_blocks:,} of {layout.block_rows:,} rows, {share} a replica",
-                "store": f"about {human(size)}, {size / tokens:.0f} bytes/token",
-                "next": shlex.join(command),
-            }
-        )
-        + f"\n\nthe first sample, «what is trained on»:\n{shown}"
-    )
-
-
-def _place(config: GenerateConfig, grid: Grid, needs: Needs, free: int, device: torch.device) -> Placement:
+def place(config: GenerateConfig, grid: Grid, needs: Needs, free: int, device: torch.device) -> Placement:
+    """How replicas of the teacher are spread, where `free` bytes are free on each device."""
     devices = count_devices(config.teacher.device, device, grid.local_world_size)
     return decide(config.parallel, needs, free, grid, devices)
 

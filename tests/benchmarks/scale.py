@@ -35,9 +35,9 @@ from distill.run.grid import Grid
 from distill.store import schema
 from distill.store.store import checksum
 from distill.store.writable import WritableStore
+from distill.teacher.choice import expected_bytes
 from distill.teacher.placement import Placement
 from distill.teacher.prepare import Job
-from distill.teacher.summary import expected_bytes
 from distill.teacher.worker import Worker
 from tests.benchmarks.scale_readers import K, Row, complete, read_real_rows, readers, shuffled
 from tests.support import planned_store
@@ -286,7 +286,7 @@ def budget(samples: int) -> list[str]:
     for rows in (65536, plan.auto_block_rows(np.broadcast_to(np.int32(1000), samples))):
         blocks = -(-tokens // (rows - 500))
         files = blocks * (8 + 2) + 3 * -(-samples // (1 << 20))
-        size = expected_bytes(rows, K, 49152, 1) / 2**20
+        size = rows * expected_bytes("topk", K, 49152, 1, "portable") / 2**20
         held = 2 * rows * (6 * K + 6) / 2**20
         lines.append(f"| {rows:,} | {blocks:,} | {files:,} | {size:,.0f} | {held:,.0f} |")
     return lines

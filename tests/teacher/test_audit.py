@@ -155,7 +155,7 @@ def test_what_cannot_be_loaded_is_one_line(made: Path, tmp_path: Path, monkeypat
     if not torch.cuda.is_available():
         with pytest.raises(TeacherError, match=r"teacher.device: expected a CUDA GPU"):
             audit(store, device="cuda")
-    monkeypatch.setattr("distill.teacher.audit.free_bytes", lambda device, workers: 1000)
+    monkeypatch.setattr("distill.teacher.loading.free_bytes", lambda device, workers: 1000)
     with pytest.raises(TeacherError, match=r"teacher.model does not fit"):
         audit(store)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distill.store.schema import CAPTURED
 from tests.support import MODELS, generate, open_raw
 
 K = 12
@@ -51,6 +52,40 @@ def check(store: Path, model: Any, samples: int) -> None:
     assert np.isnan(arrays["logsumexp"][~used]).all()
 
 
+def check_sample(store: Path, model: Any) -> None:
+    """Compare every row of a store of samples with the model: which ids are kept, how many are drawn, of which mass."""
+    arrays = {name: open_raw(store, name) for name in ("sample_start", "sample_length", "tokens", *CAPTURED)}
+    num_drawn = 0
+    for start, length in zip(arrays["sample_start"], arrays["sample_length"], strict=True):
+        rows = slice(start, start + length)
+        with torch.inference_mode():
+            logits = model(input_ids=torch.from_numpy(arrays["tokens"][rows].astype(np.int64))[None]).logits[0].double()
+        p = logits.softmax(-1)
+        ids = torch.from_numpy(arrays["target_ids"][rows].astype(np.int64))
+        logprobs = torch.from_numpy(arrays["target_logprobs"][rows].astype(np.float64))
+        kept, there = ~logprobs.isnan(), ids >= 0
+        assert (kept <= there).all()
+        order = logits.sort(dim=1, descending=True, stable=True).indices[:, :K]
+        near = p.gather(1, ids.clamp(min=0)).log() - p.gather(1, order).log()
+        assert (near[kept].abs() < 1e-4).all(), "the most probable, equal ones aside"
+        expected = p.gather(1, ids.clamp(min=0)).log()[kept]
+        torch.testing.assert_close(logprobs[kept], expected, rtol=2**-7 + 2**-10, atol=1e-4)
+        rest = 1 - torch.where(kept, p.gather(1, ids.clamp(min=0)), 0.0).sum(dim=1)
+        tail = torch.from_numpy(arrays["tail_logprob"][rows, 0].astype(np.float64))
+        torch.testing.assert_close(tail, rest.log(), rtol=2**-7 + 2**-10, atol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(arrays["logsumexp"][rows, 0]).double(), logits.logsumexp(-1), atol=1e-4, rtol=0
+        )
+        least = (K * p).clamp(max=1).sum(dim=1)  # ids of a row
+        assert (there.sum(dim=1) - least > -1e-3).all()
+        assert (there.sum(dim=1) - least < 1 + 1e-3).all()
+        threshold = rest / (there & ~kept).sum(dim=1).clamp(min=1)
+        drawn = there & ~kept
+        assert (p.gather(1, ids.clamp(min=0))[drawn] <= threshold[:, None].expand_as(ids)[drawn] * 1.001).all()
+        num_drawn += int(drawn.sum())
+    assert num_drawn > 3 * len(arrays["sample_start"])
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("cohere", "dynamic_ntk")])
 def test_random_models(
     name: str, model_folder: Callable[[str], Path], texts: Callable[[int], Path], tmp_path: Path
@@ -84,3 +119,6 @@ def test_smollm2(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     model = AutoModelForCausalLM.from_pretrained(locate(TeacherConfig()).folder).eval()
     check(tmp_path / "outputs" / "demo.zarr", model, 3)
+    ran = generate(tmp_path, "dataset.max_samples=3", f"capture.k={K}", "capture.method=sample", "store.path=s.zarr")
+    assert ran.returncode == 0, ran.stderr
+    check_sample(tmp_path / "s.zarr", model)

@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LAYERS),
     "llama tied": ("llama", {**LAYERS, "tie_word_embeddings": True}),
     "llama odd": ("llama", {**LAYERS, "vocab_size": 1001}),
+    "sampled llama": ("llama", {**LAYERS, "vocab_size": 1001}),
     "qwen3": ("qwen3", LAYERS),
     "gemma3": ("gemma3", LAYERS),
     "gemma3 soft-capped": ("gemma3_softcapped", LAYERS),
@@ -96,18 +97,23 @@ def difference(expected: Path, found: Path) -> str:
     ours, theirs = captured(found), captured(expected)
     if ours.keys() != theirs.keys():
         return f"other batches: {len(ours)}, not {len(theirs)}"
+    differing = rows = 0
     for batch, right in theirs.items():
         left = ours[batch]
         for name in ("target_logprobs", "logsumexp", "tail_logprob", "next_logprob"):
             if not torch.allclose(left[name], right[name], atol=1e-4, rtol=0, equal_nan=True):
                 return f"{name} by {(left[name] - right[name]).nan_to_num().abs().max():.2g}"
+        if found.name.startswith("sampled"):  # a point may cross the border of an id
+            others = (left["target_ids"] != right["target_ids"]).any(dim=1)
+            differing, rows = differing + int(others.sum()), rows + len(others)
+            continue
         swapped = left["target_ids"] != right["target_ids"]
         for row, place in swapped.nonzero().tolist():
             near = (right["target_logprobs"][row] - right["target_logprobs"][row, place]).abs() < 1e-4
             last = place == swapped.shape[1] - 1
             if near.sum() < 2 and not last:
                 return f"target_ids in row {row}, place {place}"
-    return ""
+    return f"ids of {differing} of {rows} rows" if differing > 0.01 * rows else ""
 
 
 def check_shares(whole: Path, store: Path, mode: str) -> None:
@@ -140,13 +146,16 @@ def test_sharded_stores_agree_with_one_process(
     def run(name: str, mode: str, degree: int, workers: int) -> dict[str, Any]:
         store = tmp_path / f"{name}.{mode}{degree}of{workers}"
         ways = [f"parallel.mode={mode}", f"parallel.shard_size={degree}"]
+        if name.startswith("sampled"):
+            ways += ["capture.method=sample", "capture.temperatures=[1.0]"]
         return {"arguments": arguments(folders[name], texts(6), store, *ways)}
 
     modes = [(name, mode) for name in MODELS for mode in ("tensor", "pipeline")]
     modes = [(name, mode) for name, mode in modes if mode == "pipeline" or name not in NO_TENSOR_PLAN]
     launch(tmp_path, 1, [run(name, "data", 1, 1) for name in MODELS])
     launch(tmp_path, 2, [run(name, mode, 2, 2) for name, mode in modes if name in ("llama", "gemma3", "gpt2")])
-    damaged = [{**run(name, mode, 4, 0), "damage": 1.01} for name, mode in (("llama", "tensor"), ("qwen3", "pipeline"))]
+    wrong = [("llama", "tensor"), ("qwen3", "pipeline"), ("sampled llama", "tensor")]
+    damaged = [{**run(name, mode, 4, 0), "damage": 1.01} for name, mode in wrong]
     launch(tmp_path, 4, [*damaged, *(run(name, mode, degree, 4) for name, mode in modes for degree in (4, 2))])
     for name, mode in modes:
         expected = tmp_path / f"{name}.data1of1"
@@ -156,8 +165,8 @@ def test_sharded_stores_agree_with_one_process(
         for store in stores:
             assert difference(expected, store) == "", store.name
             assert mode == "tensor" or tree(store) == tree(expected), store.name
-    assert difference(tmp_path / "llama.data1of1", tmp_path / "llama.tensor4of0")  # the negative control
-    assert difference(tmp_path / "qwen3.data1of1", tmp_path / "qwen3.pipeline4of0")
+    for name, mode in wrong:  # the negative controls
+        assert difference(tmp_path / f"{name}.data1of1", tmp_path / f"{name}.{mode}4of0")
 
 
 def begin(folder: Path, workers: int, settings: list[str]) -> subprocess.Popen[bytes]:

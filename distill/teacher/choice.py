@@ -1,0 +1,97 @@
+"""What each capture.k would keep of a teacher's distributions, and what that would cost: to choose k from data.
+
+N rows, K ids at most.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.store.store import Store
+
+SAMPLED = (8, 16, 32)
+"""The k of capture.method=sample that are compared."""
+
+_PIECES = 64
+
+
+class Choice:
+    """Sums over the rows of a teacher: what of their probability is in the K most probable ids, and where the rest is.
+
+    Of rows of a sample less is known: those ids that were kept, and that all others have less than each drawn one
+    weighs. Where that is not enough, a figure is the least that it may be.
+    """
+
+    def __init__(self, k: int, method: str = "topk", more: int = 0) -> None:
+        """k: the most ids of a row. more: another k to compare as a sample."""
+        self.method = method
+        self.ks = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
+        self.rows = 0
+        self._mass, self._entropy, self._ids = np.zeros(len(self.ks)), 0.0, 0.0
+        self._sampled = {n: 0.0 for n in sorted({*SAMPLED, more}) if 1 < n <= k}
+
+    def add(self, ids: NDArray[np.integer], logprobs: NDArray[np.floating], tail: NDArray[np.floating]) -> None:
+        """Rows as a store has them: target_ids and target_logprobs [N, K], and tail_logprob at temperature 1 [N]."""
+        p = np.nan_to_num(np.exp(logprobs.astype(np.float64)), nan=0.0)
+        rest, num_ids = np.exp(tail.astype(np.float64)), (ids >= 0).sum(axis=1)
+        num_drawn = np.isnan(logprobs).sum(axis=1) - (ids < 0).sum(axis=1)
+        least = np.where(np.isnan(logprobs), np.inf, p).min(axis=1)
+        most = np.where(num_drawn > 0, rest / np.maximum(num_drawn, 1), np.minimum(least, rest))  # of an id of the rest
+        self.rows += len(p)
+        self._ids += float(num_ids.sum())
+        self._mass += p.cumsum(axis=1)[:, [k - 1 for k in self.ks]].sum(axis=0)
+        self._entropy -= float((_plogp(p).sum(axis=1) + rest * np.log(np.maximum(most, 1e-30))).sum())
+        for k in self._sampled:
+            expected = np.minimum(1, k * p).sum(axis=1) + k * rest
+            self._sampled[k] += float(np.minimum(np.ceil(expected - 1e-6), np.minimum(k, num_ids)).sum())
+
+    def expected_ids(self, method: str, k: int) -> float:
+        """Ids in a row with this method and k, on average. Of a sample with a k that is compared."""
+        return self._sampled[k] / max(1, self.rows) if method == "sample" else float(k)
+
+    def lines(self, vocab_size: int, codec: str) -> dict[str, str]:
+        """The figures in words, by the names of their lines; none without rows."""
+        if not self.rows:
+            return {}
+        mass = ", ".join(f"{k}: {each / self.rows:.2f}" for k, each in zip(self.ks, self._mass, strict=True))
+        found = {
+            "mass of the top": f"{'at least ' if self.method == 'sample' else ''}{mass}",
+            "entropy": f"at least {self._entropy / self.rows:.2f} nats",
+        }
+        if self.method == "sample":
+            found["ids"] = f"{self._ids / self.rows:.1f} on average"
+        costs = {k: self.expected_ids("sample", k) for k in self._sampled}
+        if costs:
+            found["sampled with k"] = ", ".join(
+                f"{k}: {ids:.1f} ids, about {expected_bytes('sample', ids, vocab_size, 1, codec):.0f} bytes/token"
+                for k, ids in costs.items()
+            )
+        return found
+
+    @classmethod
+    def of(cls, store: Store) -> "Choice":
+        """What the committed blocks of a store say. Of a large store, some pieces at even distances are read."""
+        found = cls(int(store.attributes["k"]), store.attributes["method"])
+        column, size = store.attributes["temperatures"].index(1.0), store.inner_rows
+        per_block = store.block_rows // size
+        there = np.flatnonzero(store.committed())
+        pieces = len(there) * per_block
+        for i in range(0, pieces, -(-pieces // _PIECES) or 1):
+            start = (int(there[i // per_block]) * per_block + i % per_block) * size
+            rows = store.read_arrays(("target_ids", "target_logprobs", "tail_logprob"), start, start + size)
+            tail = rows["tail_logprob"][:, column]
+            used = ~np.isnan(tail)
+            found.add(rows["target_ids"][used], rows["target_logprobs"][used], tail[used])
+        return found
+
+
+def expected_bytes(method: str, ids: float, vocab_size: int, num_temperatures: int, codec: str) -> float:
+    """About the bytes of a token in a store with so many ids a row, from what compressed arrays have measured so far."""
+    per_id = 0.9 * math.log2(vocab_size) / 8 + (0.6 if method == "topk" else 0.3)
+    return ids * per_id + 5 * num_temperatures + 2
+
+
+def _plogp(p: NDArray[np.float64]) -> NDArray[Any]:
+    return p * np.log(np.where(p > 0, p, 1.0))
