@@ -1,0 +1,114 @@
+"""The figures of fidelity.json as SVG files, for light and dark pages.
+
+Every method is named where it is; top-k has the colour of its tail. Bars go from the least to the largest seed.
+"""
+
+import itertools
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from tests.benchmarks.fidelity_rows import METHODS, Method
+
+GREY = "#888888"
+TICKS = [10, 20, 30, 50, 100, 200]
+COLOURS = {
+    "bucket": "#d9822b",
+    "renormalize": "#c8553d",
+    "ground_truth": "#9a7b4f",
+    "draws": "#3f8fd2",
+    "varopt": "#2e9e6b",
+}
+GRADIENTS = {
+    "error": "squared error of a token's gradient, relative",
+    "degrees_2048": "mean gradient of 2,048 tokens off by, degrees",
+    "degrees": "mean gradient of all tokens off by, degrees",
+}
+STUDENTS = {
+    "kl": "held-out KL to the teacher, nats",
+    "cross_entropy": "held-out cross-entropy, nats",
+    "overconfidence": "confidence less accuracy",
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "distill",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+}
+
+
+def draw(results: Mapping[str, Any], out: Path, suffix: str = "") -> None:
+    """Write fidelity_gradients.svg and fidelity_students.svg, each where its part is there."""
+    kept = results["bytes"]["figures"]
+    if "gradients" in results:
+        found = results["gradients"]["figures"]
+        panels(found, kept, GRADIENTS, out / f"fidelity_gradients{suffix}.svg", log=True)
+    if "students" in results:
+        found = {name: list(of_seeds.values()) for name, of_seeds in results["students"]["figures"].items()}
+        panels(found, kept, STUDENTS, out / f"fidelity_students{suffix}.svg", log=False)
+
+
+def panels(
+    found: Mapping[str, list[dict[str, float]]], kept: Mapping[str, Any], what: Mapping[str, str], file: Path, log: bool
+) -> None:
+    """One panel for each of `what`: bytes a token across, the figure up; whole distribution and text as lines."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * len(what), 4.2), layout="constrained")
+        for place, (key, title) in enumerate(what.items()):
+            axes = figure.add_subplot(1, len(what), place + 1)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel("bytes a token, compact")
+            axes.set_xscale("log")
+            if log:
+                axes.set_yscale("log")
+            axes.patch.set_alpha(0)
+            axes.margins(x=0.25, y=0.08)
+            axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+            axes.xaxis.minorticks_off()
+            if log:
+                axes.yaxis.set_major_formatter("{x:g}")
+            labels = [
+                add(axes, method, [seed[key] for seed in found[method.name]], kept)
+                for method in METHODS
+                if method.name in found
+            ]
+            figure.draw_without_rendering()  # now it is known where the labels are
+            spread([label for label in labels if label is not None])
+        figure.savefig(file, transparent=True, metadata={"Date": None})
+
+
+def spread(labels: list[Any]) -> None:
+    """Move labels that lie on each other apart, up and down."""
+    for side in ("left", "right"):
+        column = sorted((one for one in labels if one.get_ha() == side), key=lambda one: one.get_window_extent().y0)
+        for _ in range(20):
+            for low, high in itertools.pairwise(column):
+                a, b = low.get_window_extent(), high.get_window_extent()
+                if a.x0 < b.x1 and b.x0 < a.x1 and (over := a.y1 - b.y0) > 0:
+                    for one, by in ((low, -over / 2), (high, over / 2)):
+                        x, y = one.xyann
+                        one.xyann = x, y + by * 72 / one.figure.dpi
+
+
+def add(axes: Any, method: Method, values: list[float], kept: Mapping[str, Any]) -> Any:
+    """One method in a panel: a point with its bar, and its label; or a line across, and None."""
+    middle = statistics.median(values)
+    if method.kind in ("full", "text"):
+        axes.axhline(middle, color=GREY, linestyle="--" if method.kind == "full" else ":", linewidth=1)
+        label = "whole distribution" if method.kind == "full" else "text alone"
+        axes.annotate(label, (0.01, middle), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        return None
+    colour = COLOURS[method.tail if method.kind == "topk" else method.kind]
+    at = kept[method.kept]["bytes"]
+    bars = [[middle - min(values)], [max(values) - middle]]
+    axes.errorbar([at], [middle], yerr=bars, color=colour, marker="o", markersize=4, capsize=2, linewidth=1)
+    left = method.kind in ("draws", "topk")
+    return axes.annotate(
+        method.name, (at, middle), xytext=(-6 if left else 6, 0), textcoords="offset points", color=colour,
+        ha="right" if left else "left", va="center", fontsize=8,
+    )  # fmt: skip
