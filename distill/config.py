@@ -70,11 +70,11 @@ class CaptureConfig:
     """What is kept of the teacher's distributions."""
 
     method: str = key(
-        "topk",
-        "topk = the k most probable ids and the exact mass of the rest; sample = an unbiased sample of at most k ids",
-        ("topk", "sample"),
+        "sample",
+        "sample = an unbiased sample of at most k ids; topk = the k most probable ids and the exact mass of the rest",
+        ("sample", "topk"),
     )
-    k: int = key(64, "ids kept per token; with sample at most", least=1)
+    k: int = key(24, "ids kept per token; with sample at most", least=1)
     temperatures: list[float] = key([1.0], "temperatures with a logsumexp and a tail column; 1.0 is one of them")
     seed: int = key(0, "seed of the order in which samples are laid out, and of draws", least=0)
 

@@ -56,7 +56,8 @@ def small_store(
     """A store that the real command made of a random Llama and 300 texts: k 8, two temperatures, many blocks."""
     folder = tmp_path_factory.mktemp("store")
     arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(300)}", "dataset.max_length=96"]
-    arguments += ["capture.k=8", "capture.temperatures=[1.0,2.0]", "store.path=small.zarr", "store.block_rows=512"]
+    arguments += ["capture.method=topk", "capture.k=8", "capture.temperatures=[1.0,2.0]", "store.path=small.zarr"]
+    arguments += ["store.block_rows=512"]
     ran = generate(folder, *arguments)
     assert ran.returncode == 0, ran.stderr
     return folder / "small.zarr"

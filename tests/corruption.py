@@ -78,7 +78,8 @@ def make(root: Path, models: dict[str, Any]) -> list[Victim]:
     victims = []
     for name in ("texts", "chats"):
         arguments = [f"teacher.model={root / 'model'}", f"dataset.path={root / name}.jsonl", "capture.k=4"]
-        arguments += ["capture.temperatures=[1.0,2.0]", "store.block_rows=256", "dataset.max_length=128"]
+        arguments += ["store.block_rows=256", "dataset.max_length=128"]
+        arguments += ["capture.method=topk", "capture.temperatures=[1.0,2.0]"] if name == "chats" else []
         store = generate_here(root, *arguments, f"store.path={root / name}.zarr", models=models)
         victims.append(Victim(store, arguments))
     return victims

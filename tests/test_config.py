@@ -21,6 +21,7 @@ def test_the_resolved_config_reads_back(tmp_path):
     words = ["1e10", "null", "no", "012", "a: b #c", "~", "${x}", "\udcff", " two\nlines "]
     for word in words:
         typed = [
+            "capture.method=topk",
             "capture.temperatures=[1.0, 4]",
             f"teacher.revision={word}x",
             "dataset.name=0012",
@@ -97,7 +98,7 @@ def test_refusals_name_the_file(tmp_path):
 
 def test_help_lists_every_key_with_its_default():
     text = help_text(GenerateConfig, "x")
-    for words in ("capture.k=64", "dataset.max_length=auto", "store.path=outputs/demo.zarr", "teacher.revision=null"):
+    for words in ("capture.k=24", "dataset.max_length=auto", "store.path=outputs/demo.zarr", "teacher.revision=null"):
         assert words in text
 
 
@@ -206,8 +207,8 @@ def test_numbers(tmp_path: Path) -> None:
         assert load(TrainConfig, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == rate
     found = load(TrainConfig, [str(tmp_path / "x.yaml")]).optimizer
     assert (found.learning_rate, found.clip, found.weight_decay) == (3e-4, 0.5, 0.1)
-    config = load(GenerateConfig, ["store.block_rows=512", "capture.temperatures=[1.0,3e-1]", "dataset.streaming=true"])
-    assert (config.store.block_rows, config.capture.temperatures) == (512, [1.0, 0.3])
+    config = load(GenerateConfig, ["capture.method=topk", "capture.temperatures=[1.0,3e-1]", "dataset.streaming=true"])
+    assert config.capture.temperatures == [1.0, 0.3]
     assert config.dataset.streaming is True
     for text in ("1e4", "8.0", "+8", "8 "):
         with pytest.raises(ConfigError, match=r"capture.k: expected an integer"):

@@ -26,6 +26,7 @@ def test_inspect_describes_a_store(tmp_path: Path) -> None:
     chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you " * i}] for i in range(1, 9)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     arguments = [f"teacher.model={model}", "dataset.path=x.jsonl", "dataset.messages_column=messages", "capture.k=8"]
+    arguments += ["capture.method=topk"]
     ran = generate(tmp_path, *arguments, "store.path=x.zarr", "store.block_rows=64")
     assert ran.returncode == 0, ran.stderr
     shown = inspect(tmp_path, "x.zarr")

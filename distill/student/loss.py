@@ -107,7 +107,7 @@ class DistillationLoss:
             raise ConfigError(
                 f"loss.temperature: expected one of {list(temperatures)}, which the store holds, found "
                 f"{self.temperature}: the mass outside the kept ids at another temperature cannot be known (generate "
-                f"with capture.temperatures=[1.0,{self.temperature}], or use loss.tail=renormalize)"
+                f"with capture.method=topk capture.temperatures=[1.0,{self.temperature}], or use loss.tail=renormalize)"
             )
 
     def target(self, rows: Mapping[str, Tensor], temperatures: Sequence[float], vocab_size: int) -> Target:

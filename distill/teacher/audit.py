@@ -231,7 +231,7 @@ def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Te
     differences: tuple[list[Tensor], list[Tensor]] = [], []
     for logits in teacher.logits(tokens):  # [n, V]
         runs = [rows.part(at, at + len(logits)) for rows in (stored, other)]
-        divergences = [_divergence(logits, rows, column) for rows in runs]
+        divergences = [_divergence(logits, rows, column, settings.method == "sample") for rows in runs]
         own = capture(
             logits,
             settings,
@@ -266,9 +266,13 @@ class _Rows:
         return _Rows(*(getattr(self, name)[start:stop] for name in ("ids", "logprobs", "logsumexp", "tail")))
 
 
-def _divergence(logits: Tensor, rows: _Rows, column: int) -> Tensor:
-    """Of `rows` from the distributions of `logits` [n, V] at temperature 1, [n] float64. column: of that."""
-    known = ~rows.logprobs.isnan()
+def _divergence(logits: Tensor, rows: _Rows, column: int, sampled: bool) -> Tensor:
+    """Of `rows` from the distributions of `logits` [n, V] at temperature 1, [n] float64. column: of that.
+
+    sampled: ids without a log-probability were drawn, or are none.
+    """
+    known = ~rows.logprobs.isnan() | (not sampled)
+    known[:, 0] = True
     ids = torch.where(known, rows.ids, rows.ids[:, :1]).long().to(logits.device)
     everything = logits.logsumexp(dim=1).double()
     kept = (logits.gather(1, ids).double() - everything[:, None]).masked_fill(~known.to(logits.device), -torch.inf)

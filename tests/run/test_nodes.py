@@ -43,7 +43,7 @@ def test_equal_nodes_pass_and_leave_nothing_behind(tmp_path: Path) -> None:
 
 def test_other_settings_name_the_node(tmp_path: Path) -> None:
     other = GenerateConfig(capture=CaptureConfig(k=9))
-    with pytest.raises(UserError, match=rf"node {socket.gethostname()}: capture.k: worker 0 has 64, this node 9$"):
+    with pytest.raises(UserError, match=rf"node {socket.gethostname()}: capture.k: worker 0 has 24, this node 9$"):
         both([GenerateConfig(), other], str(tmp_path / "x.zarr"))
 
 

@@ -20,16 +20,19 @@ from distill.teacher.audit import FACTOR, Audit, Figures, audit, report
 from tests.support import build_model, generate_here, make_tokenizer
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "sampled"])
 def made(
     request: pytest.FixtureRequest, texts: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with a model and its store of several blocks, of this dtype."""
+    """A folder with a model and its store of several blocks, of this dtype; or of samples, in bfloat16."""
     folder = tmp_path_factory.mktemp(request.param)
     save(build_model("llama"), folder / "model")
-    arguments = [f"teacher.model={folder / 'model'}", f"teacher.dtype={request.param}", "batch.max_tokens=512"]
+    dtype = request.param.replace("sampled", "bfloat16")
+    arguments = [f"teacher.model={folder / 'model'}", f"teacher.dtype={dtype}", "batch.max_tokens=512"]
     arguments += [f"dataset.path={texts(40)}", "dataset.max_length=96", "capture.k=8", "store.block_rows=512"]
-    generate_here(folder, *arguments, "capture.temperatures=[2.0,1.0]", f"store.path={folder / 'x.zarr'}")
+    if request.param != "sampled":
+        arguments += ["capture.method=topk", "capture.temperatures=[2.0,1.0]"]
+    generate_here(folder, *arguments, f"store.path={folder / 'x.zarr'}")
     return folder
 
 
@@ -106,6 +109,13 @@ def other_ids(rows: dict[str, Any], store: Store) -> None:
     rows["target_ids"][used, -1] = (rows["target_ids"][used].max(axis=1) + 1) % 1000
 
 
+def other_draws(rows: dict[str, Any], store: Store) -> None:
+    """Of every tenth row one drawn id is the next one."""
+    drawn = np.isnan(rows["target_logprobs"]) & (rows["target_ids"] >= 0)
+    some = np.flatnonzero(drawn.any(axis=1))[::10]
+    rows["target_ids"][some, drawn[some].argmax(axis=1)] += 1
+
+
 def missing(rows: dict[str, Any], store: Store) -> None:
     rows["target_logprobs"][::50] = np.nan
 
@@ -118,11 +128,15 @@ def fill(rows: dict[str, Any], store: Store) -> None:
 
 
 def test_other_rows_do_not(made: Path, tmp_path: Path) -> None:
-    for change in (shift, permute, other_temperature, other_tail, swapped_ids, other_ids, missing):
-        if change in (shift, permute, other_ids) or made.name.startswith("float32"):
-            found = audit(changed(made, tmp_path / f"{change.__name__}.zarr", change), num_samples=10)
-            assert not found.ok, f"{change.__name__}\n{report(found)}"
-            assert "NOT" in report(found)
+    changes = [shift, permute, other_ids]
+    if made.name.startswith("float32"):
+        changes += [other_temperature, other_tail, swapped_ids, missing]
+    if made.name.startswith("sampled"):
+        changes += [swapped_ids, missing, other_draws]
+    for change in changes:
+        found = audit(changed(made, tmp_path / f"{change.__name__}.zarr", change), num_samples=10)
+        assert not found.ok, f"{change.__name__}\n{report(found)}"
+        assert "NOT" in report(found)
 
 
 def test_other_weights_do_not(made: Path, tmp_path: Path) -> None:

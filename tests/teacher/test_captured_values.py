@@ -96,6 +96,7 @@ def test_random_models(
         f"teacher.model={folder}",
         f"dataset.path={texts(40)}",
         "dataset.max_length=200",
+        "capture.method=topk",
         f"capture.k={K}",
         f"capture.temperatures={TEMPERATURES}",
         "batch.max_tokens=500",
@@ -114,8 +115,9 @@ def test_smollm2(tmp_path: Path) -> None:
     from distill.teacher.source import locate
 
     ran = generate(
-        tmp_path, "dataset.max_samples=3", f"capture.k={K}", f"capture.temperatures={TEMPERATURES}", workers=2
-    )
+        tmp_path, "dataset.max_samples=3", "capture.method=topk", f"capture.k={K}",
+        f"capture.temperatures={TEMPERATURES}", workers=2,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     model = AutoModelForCausalLM.from_pretrained(locate(TeacherConfig()).folder).eval()
     check(tmp_path / "outputs" / "demo.zarr", model, 3)

@@ -81,7 +81,8 @@ def launch(folder: Path, workers: int, runs: list[dict[str, Any]]) -> str:
 
 def arguments(model: Path, texts: Path, store: Path, *more: str) -> list[str]:
     settings = [f"teacher.model={model}", f"dataset.path={texts}", "dataset.max_length=64", "capture.k=12"]
-    settings += ["capture.temperatures=[1.0,2.5]", "batch.max_tokens=400", "store.block_rows=256"]
+    settings += ["capture.method=topk", "capture.temperatures=[1.0,2.5]", "batch.max_tokens=400"]
+    settings += ["store.block_rows=256"]
     return [*settings, f"store.path={store}", "log_dir=logs", "teacher.dtype=float32", *more]
 
 
