@@ -333,7 +333,8 @@ def planned_store(
     """A store with the sample table of a Plan, not published: its tokens are to be written."""
     from distill.store.writable import WritableStore
 
-    found = {"k": k, "temperatures": [1.0], "vocab_size": 1000, "num_tokens": int(layout.lengths.sum())}
+    found = {"method": "topk", "k": k, "temperatures": [1.0], "vocab_size": 1000}
+    found |= {"num_tokens": int(layout.lengths.sum())}
     found |= {"config": {}, "fingerprint": "made up"}
     found |= {"block_rows": layout.block_rows, "num_blocks": layout.num_blocks, "num_samples": len(layout.lengths)}
     store = WritableStore.create(str(path), {}, found | attributes, masked, "portable")

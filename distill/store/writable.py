@@ -41,7 +41,7 @@ class WritableStore(Store):
         """Create the group, its attributes and its arrays, and lock it. ``commits`` is left to `publish`.
 
         A store at `path` whose plan was interrupted is removed. attributes: must hold block_rows, num_blocks,
-        num_samples, k and temperatures. masked: with a loss_mask. codec: portable or compact.
+        num_samples, method, k and temperatures. masked: with a loss_mask. codec: portable or compact.
         Raises StoreError where the path cannot be written, or another run is writing there.
         """
         documents = array_documents(attributes, masked, codec)

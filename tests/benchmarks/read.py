@@ -75,6 +75,7 @@ def write_store(path: Path, block_rows: int) -> list[Rows]:
         str(path),
         {},
         attributes={
+            "method": "topk",
             "k": K,
             "fingerprint": "made up",
             "temperatures": [1.0],

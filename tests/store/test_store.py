@@ -13,13 +13,14 @@ from distill.store.store import Store
 from distill.store.writable import WritableStore
 from tests.support import open_raw, planned_store, tree
 
-ATTRIBUTES = {"k": 5, "temperatures": [1.0, 2.0], "block_rows": 32, "num_blocks": 3, "num_samples": 7}
+ATTRIBUTES = {"method": "topk", "k": 5, "temperatures": [1.0, 2.0], "block_rows": 32, "num_blocks": 3, "num_samples": 7}
 ATTRIBUTES |= {"fingerprint": "made up"}
 
 
-def create(path, codec="portable", publish=True, options=None):
+def create(path, codec="portable", publish=True, options=None, method="topk"):
     """A store of 3 blocks of 32 rows, 20 of them in use."""
-    store = WritableStore.create(str(path), options or {}, ATTRIBUTES, masked=True, codec=codec)
+    attributes = ATTRIBUTES | {"method": method}
+    store = WritableStore.create(str(path), options or {}, attributes, masked=True, codec=codec)
     store.write_all("sample_start", np.array([0, 10, 32, 42, 64, 70, 74]))
     store.write_all("sample_length", np.array([10, 10, 10, 10, 6, 4, 10], np.int32))
     store.write_all("sample_index", np.arange(7))
@@ -48,9 +49,10 @@ def values():
     return np.linspace(-9, 0, 100, dtype=np.float32).reshape(20, 5).astype(np.float16)
 
 
+@pytest.mark.parametrize("method", ["topk", "sample"])
 @pytest.mark.parametrize("codec", ["portable", "compact"])
-def test_what_is_written_is_read(tmp_path, codec):
-    store = create(tmp_path / "x.zarr", codec)
+def test_what_is_written_is_read(tmp_path, codec, method):
+    store = create(tmp_path / "x.zarr", codec, method=method)
     fill(store, 1)
     again = WritableStore.open(str(tmp_path / "x.zarr"), {})
     assert again is not None
@@ -99,11 +101,14 @@ def spying(read):
     return read_rows
 
 
-def test_tensorstore_reads_the_same(tmp_path):
-    store = create(tmp_path / "x.zarr")
+@pytest.mark.parametrize("method", ["topk", "sample"])
+def test_tensorstore_reads_the_same(tmp_path, method):
+    """And it is what was written: the two readers could be wrong alike."""
+    store = create(tmp_path / "x.zarr", method=method)
     commit_all(store)
     for name in store.array_names():
         np.testing.assert_array_equal(open_raw(tmp_path / "x.zarr", name), store.read_all(name))
+    np.testing.assert_array_equal(open_raw(tmp_path / "x.zarr", "target_logprobs")[64:84], values() - 2)
 
 
 def test_inner_chunks_across_blocks(tmp_path, monkeypatch):
