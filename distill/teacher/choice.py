@@ -15,6 +15,14 @@ SAMPLED = (8, 16, 32)
 """The k of capture.method=sample that are compared."""
 
 _PIECES = 64
+_MEASURED = {
+    ("topk", "portable"): (0.87, 0.45, 4.5),
+    ("topk", "compact"): (0.76, 0.35, 4.1),
+    ("sample", "portable"): (1.02, 0.44, 4.6),
+    ("sample", "compact"): (0.93, 0.45, 4.1),
+}
+"""Of an id: bytes for each that it would take if all were equally likely; then bytes of its log-probability, of the two
+columns of a temperature."""
 
 
 class Choice:
@@ -88,9 +96,9 @@ class Choice:
 
 
 def expected_bytes(method: str, ids: float, vocab_size: int, num_temperatures: int, codec: str) -> float:
-    """About the bytes of a token in a store with so many ids a row, from what compressed arrays have measured so far."""
-    per_id = 0.9 * math.log2(vocab_size) / 8 + (0.6 if method == "topk" else 0.3)
-    return ids * per_id + 5 * num_temperatures + 2
+    """About the bytes of a token in a store of so many ids a row: as measured (docs/benchmarks.md, "Size")."""
+    of_id, of_logprob, of_temperature = _MEASURED[method, codec]
+    return ids * (of_id * math.log2(vocab_size) / 8 + of_logprob) + of_temperature * num_temperatures + 1.4
 
 
 def _plogp(p: NDArray[np.float64]) -> NDArray[Any]:
