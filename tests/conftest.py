@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.store.seaweedfs import Server
-from tests.support import MODELS, WORDS, generate, save_model
+from tests.support import MODELS, WORDS, generate, generate_here, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,17 @@ def small_store(
     ran = generate(folder, *arguments)
     assert ran.returncode == 0, ran.stderr
     return folder / "small.zarr"
+
+
+@pytest.fixture(scope="session")
+def sampled_store(
+    texts: Callable[[int], Path], model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A store of samples of the same Llama: at most 16 ids a row, several blocks."""
+    folder = tmp_path_factory.mktemp("sampled")
+    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(120)}", "dataset.max_length=96"]
+    arguments += ["capture.k=16", "store.block_rows=512", "store.codec=compact", f"store.path={folder / 'x.zarr'}"]
+    return generate_here(folder, *arguments)
 
 
 @pytest.fixture(scope="session")
