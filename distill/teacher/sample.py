@@ -27,6 +27,7 @@ from distill.teacher.capture import Candidates, Captured, largest, logit_of
 from distill.teacher.share import Share
 
 _WIDTH = 64  # ids of a bin: points are looked for among the sums of bins, then inside the bins that they hit
+_POINTS_AT_A_TIME = 1 << 16
 _NOTHING = 1e-6  # of an id: so little mass gets no draw
 _MARGIN = 1e-4  # an id that is so close to t is kept: rounding must not draw it twice
 _BELOW_ONE = 1 - 1e-12
@@ -193,16 +194,14 @@ def _draw(powers: _Powers, ids: Tensor, orders: Tensor, k: int) -> Tensor:
     at = (first[:, None] + place * step[:, None]).clamp(min=0) * ends[:, -1:]
     at = at.minimum(ends[:, -1:] * _BELOW_ONE)
     hit = torch.searchsorted(ends, at, right=True).clamp(max=bins.shape[1] - 1)
-    row, point = (place < num_points[:, None]).nonzero(as_tuple=True)
     drawn = torch.full_like(hit, -1)
-    if not len(row):
-        return drawn
-    bin_of = hit[row, point]
-    inner = bin_of[:, None] * _WIDTH + torch.arange(_WIDTH, device=bins.device)
-    there = inner < others.shape[1]
-    width = others[row[:, None], inner.clamp(max=others.shape[1] - 1)].double() * there
-    inside = width.cumsum(dim=1)
-    rest = (at[row, point] - (ends[row, bin_of] - bins[row, bin_of])).clamp(min=0)
-    rest = rest.minimum(inside[:, -1] * _BELOW_ONE)
-    drawn[row, point] = bin_of * _WIDTH + (inside <= rest[:, None]).sum(dim=1).clamp(max=_WIDTH - 1)
+    for some in torch.split((place < num_points[:, None]).nonzero(), _POINTS_AT_A_TIME):
+        row, point = some.unbind(dim=1)
+        bin_of = hit[row, point]
+        inner = bin_of[:, None] * _WIDTH + torch.arange(_WIDTH, device=bins.device)
+        lengths = others[row[:, None], inner.clamp(max=others.shape[1] - 1)].double()
+        inside = lengths.masked_fill_(inner >= others.shape[1], 0.0).cumsum(dim=1)
+        rest = (at[row, point] - (ends[row, bin_of] - bins[row, bin_of])).clamp(min=0)
+        rest = rest.minimum(inside[:, -1] * _BELOW_ONE)
+        drawn[row, point] = bin_of * _WIDTH + (inside <= rest[:, None]).sum(dim=1).clamp(max=_WIDTH - 1)
     return drawn

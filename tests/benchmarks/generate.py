@@ -2,11 +2,12 @@
 
     python -m tests.benchmarks.generate [rounds=5] [key=value ...]        # keys as for distill.generate
 
-Over the same samples, in one process: distill in turn with the bare forward, then with the loop, `rounds` times each;
-medians of the ratios within a round.
+Over the same samples, in one process: distill in turn with topk, with the bare forward, then with the loop, `rounds`
+times each; medians of the ratios within a round.
 
 bare      backbone and head over the same tokens, perfectly batched: full rows, no padding; nothing is kept
 distill   what distill.generate does once the teacher is loaded: read tokens, batch, forward, capture, compress, commit
+topk      the same with capture.method=topk capture.k=64
 loop      what is written today: padded batches of 8 in data order, model(...).logits, log_softmax, topk, HDF5 with gzip
 
 On a GPU: python -m tests.benchmarks.generate rounds=5 teacher.device=cuda teacher.model=FOLDER dataset.path=texts.jsonl
@@ -104,15 +105,19 @@ def main(arguments: list[str]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
     teacher = Teacher(copy.deepcopy(model), device)
     scratch = Path(tempfile.mkdtemp())
-    at_scratch = replace(config, store=replace(config.store, path=str(scratch / "planned.zarr")))
     needs = Needs.of(source, dtype, config.batch.max_tokens, slice_bytes(device))
-    planned = prepare.plan_store(at_scratch, source, needs, find(config.dataset), {})
+    topk = replace(config, capture=replace(config.capture, method="topk", k=64))
+    plans = {}
+    for name, each in (("planned.zarr", config), ("topk.zarr", topk)):
+        at_scratch = replace(each, store=replace(config.store, path=str(scratch / name)))
+        plans[name] = prepare.plan_store(at_scratch, source, needs, find(config.dataset), {})
+    planned = plans["planned.zarr"]
     num_tokens = planned.attributes["num_tokens"]
     print(f"{num_tokens:,} tokens, {dtype} on {device}, torch {torch.__version__}, one CPU thread")
 
-    def distill() -> None:
+    def distill(config: GenerateConfig = config, name: str = "planned.zarr") -> None:
         shutil.rmtree(scratch / "x.zarr", ignore_errors=True)
-        shutil.copytree(scratch / "planned.zarr", scratch / "x.zarr")
+        shutil.copytree(scratch / name, scratch / "x.zarr")
         store = WritableStore.open(str(scratch / "x.zarr"), {})
         assert store is not None
         missing = store.missing_blocks()
@@ -120,8 +125,9 @@ def main(arguments: list[str]) -> None:
         Worker(config, store, teacher, board, Watch(board, grid, 600, print), len(missing), missing).work()
 
     others: dict[str, Callable[[], None]] = {
+        "topk": lambda: distill(topk, "topk.zarr"),
         "bare": lambda: bare(model, planned, 1024 if device.type == "cpu" else config.batch.max_tokens),
-        "loop": lambda: loop(model, planned, scratch / "x.h5", config.capture.k),
+        "loop": lambda: loop(model, planned, scratch / "x.h5", topk.capture.k),
     }
     with torch.inference_mode():
         distill()  # warms up
