@@ -135,6 +135,6 @@ def test_train_and_inspect(sampled_store: Path, tmp_path: Path) -> None:
     assert re.search(r"^capture +sample, k 16, temperatures \[1.0\]$", shown, re.MULTILINE)
     assert re.search(r"^mass of the top +at least 1: 0\.\d\d, 2: ", shown, re.MULTILINE)
     assert re.search(r"^ids +1\d\.\d on average$", shown, re.MULTILINE), shown
-    assert re.search(r"^sampled with k +8: \d\.\d ids, about \d+ bytes/token, 16: ", shown, re.MULTILINE)
+    assert re.search(r"^sampled with k +8: \d\.\d ids, \d+ bytes/token; 16: ", shown, re.MULTILINE)
     assert " (drawn)" in shown
     assert "nan" not in shown

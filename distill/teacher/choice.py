@@ -72,8 +72,8 @@ class Choice:
             found["ids"] = f"{self._ids / self.rows:.1f} on average"
         costs = {k: self.expected_ids("sample", k) for k in self._sampled}
         if costs:
-            found["sampled with k"] = ", ".join(
-                f"{k}: {ids:.1f} ids, about {expected_bytes('sample', ids, vocab_size, 1, codec):.0f} bytes/token"
+            found["sampled with k"] = "; ".join(
+                f"{k}: {ids:.1f} ids, {expected_bytes('sample', ids, vocab_size, 1, codec):.0f} bytes/token"
                 for k, ids in costs.items()
             )
         return found
