@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.store.seaweedfs import Server
-from tests.support import MODELS, WORDS, generate, generate_here, save_model
+from tests.support import MODELS, WORDS, build_model, generate, generate_here, make_tokenizer, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +64,21 @@ def small_store(
 
 
 @pytest.fixture(scope="session")
-def sampled_store(
-    texts: Callable[[int], Path], model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A store of samples of the same Llama: at most 16 ids a row, several blocks."""
+def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama whose distributions are of all kinds, from open to nearly certain."""
+    folder, model = tmp_path_factory.mktemp("models") / "sharp", build_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5.0)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sampled_store(texts: Callable[[int], Path], sharp_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of samples of that Llama: at most 16 ids a row, several blocks."""
     folder = tmp_path_factory.mktemp("sampled")
-    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(120)}", "dataset.max_length=96"]
+    arguments = [f"teacher.model={sharp_model}", f"dataset.path={texts(120)}", "dataset.max_length=96"]
     arguments += ["capture.k=16", "store.block_rows=512", "store.codec=compact", f"store.path={folder / 'x.zarr'}"]
     return generate_here(folder, *arguments)
 

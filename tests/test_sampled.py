@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distill import DistillationLoss, Learner, TeacherCache, collate
+from distill.config import GenerateConfig
 from distill.errors import ConfigError
 from distill.hf import DistillationTrainer
 from distill.inspect import describe
+from distill.run.grid import Grid
+from distill.settings import load
 from distill.store.store import Store
 from distill.student.evaluate import evaluate
-from tests.support import build_model, environment, make_tokenizer
+from distill.teacher.choice import Choice
+from distill.teacher.preview import preview
+from tests.support import build_model, environment, generate_here, make_tokenizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "format.md"
 K = 16
@@ -101,12 +107,12 @@ def test_what_a_sample_cannot_say_is_refused_before_work_is_lost(sampled_store: 
         learner(collate([cache[0]]))
 
 
-def test_the_teacher_as_its_own_student(sampled_store: Path, model_folder: Any, tmp_path: Path) -> None:
+def test_the_teacher_as_its_own_student(sampled_store: Path, sharp_model: Path, tmp_path: Path) -> None:
     """Held-out KL is of the kept ids and the rest: nearly 0. The most probable id is always kept."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         cache = TeacherCache(str(sampled_store))[:20]
-        model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+        model = AutoModelForCausalLM.from_pretrained(sharp_model)
         learner = Learner(model, DistillationLoss(), cache.temperatures)
         found = evaluate(learner, cache, 4, torch.device("cpu"))
         other = Learner(build_model("llama", num_hidden_layers=1), DistillationLoss(), cache.temperatures)
@@ -115,6 +121,32 @@ def test_the_teacher_as_its_own_student(sampled_store: Path, model_folder: Any, 
         dist.destroy_process_group()
     assert 0 <= found["kl"] < 1e-3
     assert found["top1_agreement"] > 0.999
+
+
+def test_measuring_before_a_run_says_what_the_run_keeps(
+    texts: Callable[[int], Path], sharp_model: Path, tmp_path: Path
+) -> None:
+    """Of data that is measured whole: the same ids a row and the same mass, to the last digit shown."""
+    arguments = [f"teacher.model={sharp_model}", f"dataset.path={texts(40)}", "dataset.max_samples=6"]
+    arguments += ["capture.k=12"]
+    shown = preview(load(GenerateConfig, arguments), Grid(), arguments, measure=True)
+    lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in shown.partition("\n\n")[0].splitlines())
+    store = Store.existing(str(generate_here(tmp_path, *arguments, f"store.path={tmp_path / 'x.zarr'}")), {})
+    assert lines["measured"] == f"{store.attributes['num_tokens']:,} tokens"
+    found = Choice.of(store)
+    for k in (8, 12):
+        assert f"{k}: {found.expected_ids('sample', k):.1f} ids, " in lines["sampled with k"]
+    assert re.search(r"; 12: [3-9]\.\d ids, \d+ bytes/token; 16: ", lines["sampled with k"])
+    size = re.search(r"about .*, (\d+) bytes/token", lines["store"])
+    told = re.search(r" 12: .*? (\d+) bytes/token", lines["sampled with k"])
+    assert size is not None
+    assert told is not None
+    assert size[1] == told[1]
+    without = preview(load(GenerateConfig, arguments), Grid(), arguments)
+    assert "measured" not in without
+    assert re.search(r"^store +at most ", without, re.MULTILINE)
+    best = preview(load(GenerateConfig, [*arguments, "capture.method=topk"]), Grid(), arguments)
+    assert re.search(r"^store +about ", best, re.MULTILINE)
 
 
 def test_train_and_inspect(sampled_store: Path, tmp_path: Path) -> None:
@@ -134,7 +166,7 @@ def test_train_and_inspect(sampled_store: Path, tmp_path: Path) -> None:
     shown = describe(Store.existing(str(sampled_store), {}))
     assert re.search(r"^capture +sample, k 16, temperatures \[1.0\]$", shown, re.MULTILINE)
     assert re.search(r"^mass of the top +at least 1: 0\.\d\d, 2: ", shown, re.MULTILINE)
-    assert re.search(r"^ids +1\d\.\d on average$", shown, re.MULTILINE), shown
+    assert re.search(r"^ids +\d\.\d on average$", shown, re.MULTILINE), shown
     assert re.search(r"^sampled with k +8: \d\.\d ids, \d+ bytes/token; 16: ", shown, re.MULTILINE)
     assert " (drawn)" in shown
     assert "nan" not in shown

@@ -81,7 +81,8 @@ class Choice:
     @classmethod
     def of(cls, store: Store) -> "Choice":
         """What the committed blocks of a store say. Of a large store, some pieces at even distances are read."""
-        found = cls(int(store.attributes["k"]), store.attributes["method"])
+        k = int(store.attributes["k"])
+        found = cls(k, store.attributes["method"], more=k)
         column, size = store.attributes["temperatures"].index(1.0), store.inner_rows
         per_block = store.block_rows // size
         there = np.flatnonzero(store.committed())
