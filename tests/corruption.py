@@ -218,10 +218,13 @@ def _batches(cache: TeacherCache) -> Iterator[dict[str, Any]]:
 
 
 def equal(found: dict[str, Any], true: dict[str, Any]) -> bool:
-    """Whether two samples, or two batches, have the same values."""
-    return found.keys() == true.keys() and all(
-        torch.equal(torch.as_tensor(found[name]), torch.as_tensor(true[name])) for name in true
-    )
+    """Whether two samples, or two batches, have the same values; NaN is one."""
+
+    def bits(values: Any) -> bytes:
+        tensor = torch.as_tensor(values)
+        return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()
+
+    return found.keys() == true.keys() and all(bits(found[name]) == bits(true[name]) for name in true)
 
 
 def run(count: int, seed: int, root: Path) -> tuple[Counter[tuple[str, str]], list[str], list[str]]:

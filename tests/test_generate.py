@@ -79,5 +79,15 @@ def test_no_arguments_with_and_without_torchrun(tmp_path: Path) -> None:
     assert attributes["complete"] is True
     found = blocks_logged(tmp_path)
     assert found == sorted({*found}), "a block was written twice"
-    for word in ("samples", "tokens", "bytes/token", "tokens/s", "top-64 mass", "perplexity", "store", "logs", "next"):
+    for word in (
+        "samples",
+        "tokens",
+        "bytes/token",
+        "tokens/s",
+        "mass of the top",
+        "perplexity",
+        "store",
+        "logs",
+        "next",
+    ):
         assert word in ran.stderr
