@@ -175,10 +175,14 @@ class StudentConfig:
 class LossConfig:
     """What the student has to match; docs/training.md has the formulas."""
 
-    divergence: str = key("forward_kl", "between teacher and student", ("forward_kl", "reverse_kl", "jensen_shannon"))
+    divergence: str = key(
+        "forward_kl",
+        "between teacher and student; the others need capture.method=topk",
+        ("forward_kl", "reverse_kl", "jensen_shannon"),
+    )
     tail: str = key(
         "bucket",
-        "the teacher's mass outside the kept ids: one bucket, renormalised away, or given to the next token",
+        "with topk, the mass outside the kept ids: one bucket, renormalised away, or given to the next token",
         ("bucket", "renormalize", "ground_truth"),
     )
     temperature: float = key(1.0, "softens both distributions; the store must hold it (capture.temperatures)")
