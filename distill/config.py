@@ -84,10 +84,15 @@ class CaptureConfig:
             raise ConfigError(
                 f"capture.temperatures: expected different positive numbers, 1.0 among them, found {found}"
             )
-        if self.method == "sample" and (self.k < 2 or len(found) > 1):
+        if self.method == "sample" and self.k < 2:
             raise ConfigError(
-                "capture: expected k of at least 2 and temperatures [1.0] with capture.method=sample, as what is drawn "
-                f"at temperature 1 says nothing of another, found {self.k} and {found}"
+                f"capture.k: expected at least 2 with capture.method=sample, one kept and one drawn, found {self.k} "
+                "(or use capture.method=topk)"
+            )
+        if self.method == "sample" and len(found) > 1:
+            raise ConfigError(
+                "capture.temperatures: expected [1.0] with capture.method=sample, as what is drawn at temperature 1 "
+                f"says nothing of another, found {found} (or use capture.method=topk capture.k=64)"
             )
 
 
@@ -185,7 +190,9 @@ class LossConfig:
         "with topk, the mass outside the kept ids: one bucket, renormalised away, or given to the next token",
         ("bucket", "renormalize", "ground_truth"),
     )
-    temperature: float = key(1.0, "softens both distributions; the store must hold it (capture.temperatures)")
+    temperature: float = key(
+        1.0, "softens both distributions; the store must hold it (capture.method=topk, capture.temperatures)"
+    )
     alpha: float = key(1.0, "share of the divergence; the rest is cross-entropy with the next token")
 
 

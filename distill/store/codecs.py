@@ -1,5 +1,6 @@
 """How an array is cut into chunks and compressed: docs/format.md, "Chunks and codecs"."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,12 +39,8 @@ class _Pcodec:
 
 _PLAIN, _SHUFFLED, _BY_COLUMN = _Blosc("noshuffle"), _Blosc(), _Blosc(by_column=True)
 _ENCODINGS: dict[str, dict[tuple[str, str], _Blosc | _Pcodec]] = {
-    "tokens": {
-        ("topk", "portable"): _PLAIN,  # whole words and lines come again
-        ("topk", "compact"): _PLAIN,
-        ("sample", "portable"): _PLAIN,
-        ("sample", "compact"): _PLAIN,
-    },
+    # whole words and lines come again
+    "tokens": dict.fromkeys(itertools.product(("topk", "sample"), ("portable", "compact")), _PLAIN),
     "target_ids": {
         ("topk", "portable"): _SHUFFLED,
         ("topk", "compact"): _Pcodec(level=12),

@@ -223,7 +223,7 @@ def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
         slack = 1e-3 + (np.exp(whole) * np.expm1(_ROUNDING * np.clip(-whole, 0, 1e3))).sum(axis=1)
         ordered = np.sort(ids, axis=1)
         rules |= {
-            "target_ids: an id is outside the vocabulary": (ids < -sampled) | (ids >= vocab_size),
+            "target_ids: an id is outside the vocabulary": (ids < (-1 if sampled else 0)) | (ids >= vocab_size),
             "target_ids: an id is there twice": (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0),
             "target_logprobs: a log-probability is above 0, or no number": ~(logprobs <= 0),
             "target_logprobs: not in descending order": ~(logprobs[:, 1:] <= logprobs[:, :-1]),

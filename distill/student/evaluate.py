@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import collate, empty_sample
-from distill.student.loss import DistillationLoss
+from distill.student.loss import DistillationLoss, are_drawn
 
 BINS = 15
 """Bins of confidence of the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
@@ -71,9 +71,11 @@ def measured(logits: Tensor, rows: Mapping[str, Tensor], temperatures: list[floa
 def _without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows without the ids that were drawn: their weights say what the teacher does in the mean, not how KL is."""
     ids, logprobs = rows["target_ids"], rows["target_logprobs"]
-    none = logprobs.isnan()
-    kept = {"target_ids": torch.where(none, ids[:, :1], ids), "target_logprobs": logprobs.masked_fill(none, -torch.inf)}
-    return {**rows, **kept}
+    none = (ids < 0) | are_drawn(ids, logprobs)
+    ids, logprobs = torch.where(none, ids[:, :1], ids), logprobs.masked_fill(none, -torch.inf)
+    if none[:, -1].all():  # of a store of samples: K columns would be all ids where there are no more
+        ids, logprobs = ids[:, :-1], logprobs[:, :-1]
+    return {**rows, "target_ids": ids, "target_logprobs": logprobs}
 
 
 def summarize(sums: Tensor) -> dict[str, Any]:

@@ -95,10 +95,11 @@ class DistillationLoss:
     def check_method(self, method: str) -> None:
         """Raise ConfigError where rows of a store of this capture.method do not hold what this loss needs."""
         if method == "sample" and not self.linear:
+            more = "" if self.temperature == 1 else f" capture.temperatures=[1.0,{self.temperature:g}]"
             raise ConfigError(
                 "loss: expected divergence forward_kl and temperature 1 with a store of capture.method=sample, whose "
-                "rows say in the mean what the teacher says, not what is outside of them, found "
-                f"{self.divergence} and {self.temperature} (generate with capture.method=topk for these)"
+                f"rows are right in the mean for nothing else, found {self.divergence} and {self.temperature:g} "
+                f"(generate with capture.method=topk capture.k=64{more} for that)"
             )
 
     def check(self, temperatures: Sequence[float]) -> None:
@@ -122,7 +123,7 @@ class DistillationLoss:
         column = at_one if self.tail == "renormalize" else list(temperatures).index(t)
         ids, logprobs = rows["target_ids"], rows["target_logprobs"]
         mass, tail = rows["tail_logprob"][:, column], None
-        drawn = logprobs.isnan() & (ids >= 0)
+        drawn = are_drawn(ids, logprobs)
         if not self.linear and drawn.any():
             self.check_method("sample")
         weight = mass - drawn.sum(dim=1).clamp(min=1).log()  # of each id that was drawn
@@ -214,6 +215,11 @@ class DistillationLoss:
     def from_logits(self, logits: Tensor, batch: Mapping[str, Tensor], temperatures: Sequence[float]) -> Tensor:
         """The same from logits [B, L, V], for models that change their logits after the output head."""
         return self.from_hidden(logits, lambda part: part, batch, temperatures)
+
+
+def are_drawn(ids: Tensor, logprobs: Tensor) -> Tensor:
+    """[N, K]: whether an id was drawn. A sample's last place never has a log-probability; a NaN elsewhere is none."""
+    return (ids >= 0) & logprobs.isnan() & logprobs[:, -1:].isnan()
 
 
 def forward_kl(logits: Tensor, target: Target) -> Tensor:

@@ -29,7 +29,7 @@ class Choice:
     """Sums over the rows of a teacher: what of their probability is in the K most probable ids, and where the rest is.
 
     Of rows of a sample less is known: those ids that were kept, and that all others have less than each drawn one
-    weighs. Where that is not enough, a figure is the least that it may be.
+    weighs. Where that is not enough, mass and entropy are the least that they may be, and ids of a sample the most.
     """
 
     def __init__(self, k: int, method: str = "topk", more: int = 0) -> None:

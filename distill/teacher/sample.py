@@ -68,7 +68,8 @@ class _Powers:
 def _begin(logits: Tensor, k: int, next_ids: Tensor, first_id: int) -> tuple[_Powers, Candidates]:
     """What a shard contributes: as `capture.reduce`, at temperature 1, and what `_draw` needs."""
     values, at, _ = largest(logits, k)
-    following, top = logit_of(logits, next_ids - first_id, next_ids < 0), values[:, :1]
+    following = logit_of(logits, next_ids - first_id, next_ids < 0)
+    top = torch.where(values[:, :1] == -torch.inf, 0.0, values[:, :1])  # of a shard where no id is possible
     powers = logits.sub_(top).exp_()
     kept = powers.gather(1, at)
     powers.scatter_(1, at, 0.0)
@@ -176,6 +177,7 @@ def _orders(masses: Tensor, kept_in: Sequence[Tensor], num_drawn: Tensor, u: Ten
         until = num_drawn
         if i < len(kept_in) - 1:
             until = (end / between - u).ceil().nan_to_num(0).long().clamp(min=0).minimum(num_drawn)
+            until = torch.where(end == ends[:, -1:], num_drawn, until)  # nothing is left for later shards
         width = masses[:, [i]]
         first = ((u + began) * between - start) / width
         found.append(torch.cat([kept.double(), (until - began).double(), first, between / width], dim=1))

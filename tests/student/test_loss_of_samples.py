@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from distill.errors import ConfigError
+from distill.student.evaluate import measured
 from distill.student.loss import DistillationLoss
 from distill.teacher.sample import uniforms
 from tests.captured import sample, topk, weights
@@ -86,6 +87,32 @@ def test_what_a_sample_cannot_say_is_refused(refused):
     loss.check_method("topk")
     loss.per_row(student_logits(), top, TEMPERATURES)
     DistillationLoss(**refused, alpha=0.0).per_row(student_logits(), rows, [1.0])
+    advice = r"capture\.k=64 capture\.temperatures=\[1\.0,2\] for that" if loss.temperature == 2 else r"k=64 for that"
+    with pytest.raises(ConfigError, match=advice):
+        loss.check_method("sample")
+
+
+def test_a_damaged_row_of_topk_is_no_sample():
+    """Its loss is NaN, which ends a training."""
+    _, top = teacher_rows()
+    top["target_logprobs"][3, 2] = torch.nan
+    for loss in (DistillationLoss(), DistillationLoss("reverse_kl"), DistillationLoss(tail="renormalize")):
+        assert loss.per_row(student_logits(), top, TEMPERATURES).isnan().tolist() == [i == 3 for i in range(N)]
+
+
+def test_held_out_kl_where_every_id_is_in_the_row():
+    """Of a sample with as many places as there are ids, the rest is one more event all the same."""
+    torch.manual_seed(0)
+    teacher = torch.randn(200, 24) * 2
+    rows, found = sampled_rows(teacher, 24)
+    student = torch.randn(200, 24)
+    kept = ~found.target_logprobs.isnan()
+    ids = found.target_ids.long().clamp(min=0)
+    p, q = (logits.double().softmax(dim=1) for logits in (teacher, student))
+    inside = torch.zeros(200, 24, dtype=torch.bool).scatter(1, torch.where(kept, ids, ids[:, :1]), True)
+    rest_p, rest_q = (p * ~inside).sum(dim=1), (q * ~inside).sum(dim=1)
+    expected = (p * (p / q).log() * inside).sum(dim=1) + torch.special.xlogy(rest_p, rest_p / rest_q)
+    assert measured(student, rows, [1.0])[2].item() == pytest.approx(expected.sum().item(), rel=1e-4)
 
 
 def test_ids_of_a_sample_that_the_student_lacks_count_as_tail():

@@ -81,6 +81,8 @@ def check_sample(store: Path, model: Any) -> None:
         assert (there.sum(dim=1) - least < 1 + 1e-3).all()
         threshold = rest / (there & ~kept).sum(dim=1).clamp(min=1)
         drawn = there & ~kept
+        later = kept & (torch.arange(K) > 0)  # the first is always kept
+        assert (p.gather(1, ids.clamp(min=0))[later] >= threshold[:, None].expand_as(ids)[later] * 0.999).all()
         assert (p.gather(1, ids.clamp(min=0))[drawn] <= threshold[:, None].expand_as(ids)[drawn] * 1.001).all()
         num_drawn += int(drawn.sum())
     assert num_drawn > 3 * len(arrays["sample_start"])

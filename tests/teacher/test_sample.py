@@ -34,11 +34,19 @@ ROWS = {
     "ties": (torch.cat([torch.full((10,), 3.0), torch.zeros(130)]), 16),
     "as many as there are": (random(40, 2.0), 40),
     "one likely": (torch.cat([torch.tensor([9.0]), random(99, 1.0)]), 8),
+    "hardly anything else": (torch.cat([torch.tensor([0.0]), torch.full((50,), -20.3)]), 16),  # 7.6e-8 of the mass
+    "most are impossible": (torch.cat([torch.full((200,), -torch.inf), random(100, 1.0)]), 8),
     "fewer possible ids than k": (only([2.0, 1.0, 1.0]), 24),
     "two halves": (only([1.0, 1.0]), 24),
     "bfloat16": (random(500, 2.0).bfloat16().float(), 24),
     "no multiple of a bin": (random(131, 1.0), 12),
 }
+
+
+def least_kept(p: torch.Tensor, n: int) -> int:
+    """How many ids are kept where the threshold is the least, so that the variance is: no other id is as long as t."""
+    ordered = p.sort(descending=True).values.tolist()
+    return next(h for h in range(1, n) if h == n - 1 or ordered[h] <= sum(ordered[h:]) / (n - h) * (1 - 1e-4))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -69,6 +77,7 @@ def test_the_mean_weight_of_every_id_is_its_probability(name: str) -> None:
     rest = p.clone().index_fill(0, kept, 0.0)
     torch.testing.assert_close(found.tail_logprob[0, 0].double().exp(), rest.sum(), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.logsumexp[0, 0].double(), logits.double().logsumexp(0), atol=1e-5, rtol=0)
+    assert len(kept) == least_kept(p, n)
     num_drawn = n - len(kept)
     assert num_drawn >= 1
     expected = rest / rest.sum() * num_drawn * trials
@@ -112,14 +121,27 @@ def test_draws_follow_from_seed_and_row_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "sizes", "k"), [(1000, [500, 500], 24), (130, [4, 60, 1, 65], 16), (40, [20, 20], 40)]
+    ("vocabulary", "sizes", "k", "impossible"),
+    [
+        (1000, [500, 500], 24, slice(0)),
+        (130, [4, 60, 1, 65], 16, slice(0)),
+        (40, [20, 20], 40, slice(0)),
+        (300, [100, 100, 100], 16, slice(0, 100)),
+        (300, [100, 100, 100], 16, slice(100, 200)),
+        (300, [100, 100, 100], 16, slice(200, 300)),
+    ],
 )
-def test_shards_of_the_vocabulary_draw_the_same(vocabulary: int, sizes: list[int], k: int) -> None:
-    """In float32 a point may cross the border of an id: at most one row in a thousand differs."""
+def test_shards_of_the_vocabulary_draw_the_same(vocabulary: int, sizes: list[int], k: int, impossible: slice) -> None:
+    """In float32 a point may cross the border of an id: with so few ids, in at most one row in a thousand.
+
+    A shard may have no possible id.
+    """
     torch.manual_seed(0)
     logits = torch.randn(4000, vocabulary) * torch.linspace(0.0, 5.0, 4000)[:, None]
+    logits[:, impossible] = -torch.inf
     following = torch.randint(-1, vocabulary, (4000,))
     u = torch.from_numpy(uniforms(0, 0, 4000))
+    u[:2] = torch.tensor([0.0, 1 - 2**-53])
     whole = sample(logits.clone(), k, u, following)
     firsts = np.cumsum([0, *sizes[:-1]])
     begun: list[Any] = [
@@ -143,8 +165,12 @@ def test_shards_of_the_vocabulary_draw_the_same(vocabulary: int, sizes: list[int
 def test_settings_that_a_sample_cannot_have() -> None:
     from distill.config import GenerateConfig
 
-    for more in (["capture.k=1"], ["capture.temperatures=[1.0,2.0]"]):
-        with pytest.raises(ConfigError, match="expected k of at least 2 and temperatures"):
-            load(GenerateConfig, ["capture.method=sample", *more])
+    for more, told in (
+        ("capture.k=1", r"capture\.k: expected at least 2 with .* found 1 \(or use capture\.method=topk\)"),
+        ("capture.temperatures=[1.0,2.0]", r"capture\.temperatures: expected \[1\.0\] .* use capture\.method=topk"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            load(GenerateConfig, [more])
+        load(GenerateConfig, ["capture.method=topk", more])
     with pytest.raises(ConfigError, match=r"capture\.method: expected"):
         load(GenerateConfig, ["capture.method=draws"])
