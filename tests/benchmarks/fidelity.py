@@ -5,7 +5,7 @@
 part=bytes       the rows of each method, written with a store, bytes a token on disk
 part=gradients   the gradient with respect to a student's logits, beside that with the teacher's whole distribution
 part=students    students from the same start, on the same text and steps; held-out figures
-part=plots       SVG files from OUT/fidelity.json, which may have been made elsewhere
+part=plots       SVG files and tables from OUT/fidelity.json, which may have been made elsewhere
 part=all         all of these, one after the other
 
 Each part adds to OUT/fidelity.json, the students one by one. Rows are what a store holds: they come from the functions
@@ -56,8 +56,11 @@ def run(part: str, out: Path, settings: Settings) -> None:
     """One part: its figures go to OUT/fidelity.json beside those of the others."""
     if part == "plots":
         from tests.benchmarks.fidelity_plots import draw
+        from tests.benchmarks.fidelity_tables import tables
 
-        draw(json.loads((out / "fidelity.json").read_text()), out)
+        results = json.loads((out / "fidelity.json").read_text())
+        draw(results, out)
+        print("\n".join(tables(results)))
         return
     if part == "bytes":
         from tests.benchmarks.fidelity_bytes import measure
