@@ -31,7 +31,7 @@ GRADIENTS = {
     "degrees": "mean gradient of all tokens off by, degrees",
 }
 STUDENTS = {
-    "kl": "held-out KL to the teacher, nats more than with the whole distribution",
+    "kl": "held-out KL to the teacher, nats more",
     "cross_entropy": "held-out cross-entropy, nats more",
     "overconfidence": "confidence less accuracy, more",
 }

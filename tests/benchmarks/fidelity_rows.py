@@ -31,8 +31,8 @@ class Settings:
     seeds: int = 3
     layers: int = 24  # of the students of part students
     heal: int = 40  # steps of cross-entropy from the teacher's layers to the common start
-    steps: int = 16
-    tokens: int = 1024  # of a step
+    steps: int = 30
+    tokens: int = 512  # of a step
     length: int = 256  # tokens of a window
     held_out: int = 4096  # tokens
     lr: float = 1e-4
