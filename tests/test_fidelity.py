@@ -59,10 +59,10 @@ def test_error_and_angle_are_those_of_all_rows() -> None:
     torch.manual_seed(0)
     said, saying, following = torch.randn(600, 16), torch.randn(600, 16), torch.randint(V, (600,))
     teacher, student = nn.Linear(16, V), nn.Linear(16, V)
-    nothing = compared(Method("full"), teacher, said, student, saying, following, 0)
+    ways = [(Method("full"), 0), (Method("text"), 0)]
+    nothing, found = compared(ways, teacher, said, student, saying, following).values()
     assert nothing["error"] == 0
     assert nothing["degrees"] < 1e-6
-    found = compared(Method("text"), teacher, said, student, saying, following, 0)
     with torch.no_grad():
         p, q = teacher(said).softmax(dim=1).double(), student(saying).softmax(dim=1).double()
     ours, whole = q - nn.functional.one_hot(following, V), q - p

@@ -7,7 +7,7 @@ degrees   the angle between the means of g and g_full over the rows, of the firs
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,43 +27,48 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     student = student_of(teacher, settings.gradient_layers)
     some = Windows(windows(encode(settings), settings).tokens[: settings.rows // settings.length])
     said, saying = (hidden_states(model, some.inputs, 4) for model in (teacher, student))
-    next_ids = some.next_ids.to(settings.device)
+    draws = [
+        (method, seed) for method in METHODS if method.kind in ("draws", "varopt") for seed in range(settings.seeds)
+    ]
+    others = [(method, 0) for method in METHODS if method.kind in ("text", "topk")]
     found: dict[str, Any] = {}
-    for method in METHODS:
-        if method.kind == "full":
-            continue
-        seeds = settings.seeds if method.kind in ("draws", "varopt") else 1
-        found[method.name] = [
-            compared(method, teacher.lm_head, said, student.lm_head, saying, next_ids, seed) for seed in range(seeds)
-        ]
-        print(
-            method.name,
-            [{key: round(value, 4) for key, value in one.items()} for one in found[method.name]],
-            flush=True,
-        )
+    compared_all = compared([*others, *draws], teacher.lm_head, said, student.lm_head, saying, some.next_ids)
+    for (method, _), figures in compared_all.items():
+        found.setdefault(method.name, []).append(figures)
+    for name, seeds in found.items():
+        print(name, [{key: round(value, 4) for key, value in one.items()} for one in seeds], flush=True)
     yield {"figures": found}
 
 
 def compared(
-    method: Method, teacher_head: Any, said: Tensor, student_head: Any, saying: Tensor, next_ids: Tensor, seed: int
-) -> dict[str, float]:
-    """The figures of one method: hidden states [N, H] of teacher and student, next_ids [N]."""
-    squares = torch.zeros(2, dtype=torch.float64)
-    sums: list[Tensor] = []
-    at_first = 0.0
+    ways: Sequence[tuple[Method, int]],
+    teacher_head: Any,
+    said: Tensor,
+    student_head: Any,
+    saying: Tensor,
+    next_ids: Tensor,
+) -> dict[tuple[Method, int], dict[str, float]]:
+    """The figures of each (method, seed): hidden states [N, H] of teacher and student, next_ids [N]."""
+    errors, at_first = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
+    sums: dict[tuple[Method, int], Tensor] = {}
+    square, total = 0.0, torch.zeros(())
     for first in range(0, len(said), CHUNK):
+        following = next_ids[first : first + CHUNK].to(said.device)
         with torch.no_grad():
             p, q = teacher_head(said[first : first + CHUNK]), student_head(saying[first : first + CHUNK])
-        ours, whole = (
-            gradient(each, q, p, next_ids[first : first + CHUNK], seed, first) for each in (method, Method("full"))
-        )
-        squares += torch.stack([(ours - whole).double().square().sum(), whole.double().square().sum()]).cpu()
-        totals = [ours.double().sum(dim=0), whole.double().sum(dim=0)]
-        sums = [old + new for old, new in zip(sums, totals, strict=True)] if sums else totals
-        if first + CHUNK <= FIRST:
-            at_first = angle(*sums)
-    degrees = angle(*sums)
-    return {"error": float(squares[0] / squares[1]), "degrees_2048": at_first, "degrees": degrees}
+        whole = gradient(Method("full"), q, p, following, 0, first)
+        square += float(whole.double().square().sum())
+        total = total + whole.double().sum(dim=0)
+        for method, seed in ways:
+            ours = gradient(method, q, p, following, seed, first)
+            sums[method, seed] = sums.get((method, seed), 0) + ours.double().sum(dim=0)
+            errors[method, seed] += float((ours - whole).double().square().sum())
+            if first + CHUNK <= FIRST:
+                at_first[method, seed] = angle(sums[method, seed], total)
+    return {
+        way: {"error": errors[way] / square, "degrees_2048": at_first[way], "degrees": angle(sums[way], total)}
+        for way in ways
+    }
 
 
 def gradient(method: Method, logits: Tensor, teacher_logits: Tensor, next_ids: Tensor, seed: int, first: int) -> Tensor:
