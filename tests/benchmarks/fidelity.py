@@ -1,16 +1,16 @@
 """What each way to keep the teacher costs in bytes, and what a student learns from it: docs/fidelity.md.
 
-    python -m tests.benchmarks.fidelity [part=all] [out=docs] [key=value ...]      # keys: Settings in fidelity_rows.py
+    python -m tests.benchmarks.fidelity [part=all] [out=docs] [name=fidelity] [KEY=VALUE ...]   # keys: fidelity_rows.py
 
 part=bytes       the rows of each method, written with a store, bytes a token on disk
 part=gradients   the gradient with respect to a student's logits, beside that with the teacher's whole distribution
 part=students    students from the same start, on the same text and steps; held-out figures
-part=plots       SVG files and tables from OUT/fidelity.json, which may have been made elsewhere
-part=all         all of these, one after the other
+part=plots       SVG files and tables from OUT/NAME.json, which may have been made elsewhere
+part=all         all of these, one after the other; with device=cuda gradients and students only
 
-Each part adds to OUT/fidelity.json, the students one by one. Rows are what a store holds: they come from the functions
-that generate uses, are rounded as it rounds them, and go through DistillationLoss. device=cuda runs all but the bytes
-on one GPU; a GPU machine needs neither zarr nor datasets for that. texts=FILE.jsonl has lines with a "text".
+Each part adds to OUT/NAME.json, the students one by one. Rows are what a store holds: they come from the functions
+that generate uses, are rounded as it rounds them, and go through DistillationLoss. texts=FILE.jsonl has lines with a
+"text". A GPU machine needs neither zarr nor datasets: where a file has no bytes, plots take those of docs/fidelity.json.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def parsed(arguments: list[str]) -> tuple[str, Path, Settings]:
-    """The part, the folder of the results, and the settings, from key=value words."""
+    """The part, the file of the results, and the settings, from key=value words."""
     given = dict(argument.split("=", 1) for argument in arguments)
-    part, out = given.pop("part", "all"), Path(given.pop("out", DOCS))
+    part, file = given.pop("part", "all"), Path(given.pop("out", DOCS)) / f"{given.pop('name', 'fidelity')}.json"
     kinds = {name: type(value) for name, value in dataclasses.asdict(Settings()).items()}
-    if part not in (*PARTS, "all") or (unknown := given.keys() - kinds.keys()):
-        sys.exit(f"expected part={'|'.join((*PARTS, 'all'))} and {', '.join(kinds)}, found {part} and {unknown}")
-    return part, out, Settings(**{key: kinds[key](value) for key, value in given.items()})
+    if part not in (*PARTS, "all") or given.keys() - kinds.keys():
+        sys.exit(f"expected part={'|'.join((*PARTS, 'all'))}, out, name, {', '.join(kinds)}; found {arguments}")
+    return part, file, Settings(**{key: kinds[key](value) for key, value in given.items()})
 
 
 def described(settings: Settings) -> dict[str, Any]:
@@ -52,14 +52,16 @@ def described(settings: Settings) -> dict[str, Any]:
     return {"settings": kept, "device": where, "versions": versions}
 
 
-def run(part: str, out: Path, settings: Settings) -> None:
-    """One part: its figures go to OUT/fidelity.json beside those of the others."""
+def run(part: str, file: Path, settings: Settings) -> None:
+    """One part: its figures go to the file beside those of the others."""
     if part == "plots":
         from tests.benchmarks.fidelity_plots import draw
         from tests.benchmarks.fidelity_tables import tables
 
-        results = json.loads((out / "fidelity.json").read_text())
-        draw(results, out)
+        results = json.loads(file.read_text())
+        if "bytes" not in results:  # a GPU machine has no zarr
+            results["bytes"] = json.loads((DOCS / "fidelity.json").read_text())["bytes"]
+        draw(results, file)
         print("\n".join(tables(results)))
         return
     if part == "bytes":
@@ -70,7 +72,6 @@ def run(part: str, out: Path, settings: Settings) -> None:
         from tests.benchmarks.fidelity_students import measure
     began = time.monotonic()
     for found in measure(settings):
-        file = out / "fidelity.json"
         results = json.loads(file.read_text()) if file.exists() else {}
         results[part] = described(settings) | {"minutes": round((time.monotonic() - began) / 60, 1)} | found
         file.write_text(json.dumps(results, indent=1) + "\n")
@@ -78,11 +79,12 @@ def run(part: str, out: Path, settings: Settings) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run the parts that are asked for."""
-    part, out, settings = parsed(arguments)
-    out.mkdir(parents=True, exist_ok=True)
+    part, file, settings = parsed(arguments)
+    file.parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(METHODS)} methods, {settings}", flush=True)
-    for each in PARTS if part == "all" else (part,):
-        run(each, out, settings)
+    everything = PARTS if settings.device == "cpu" else ("gradients", "students")
+    for each in everything if part == "all" else (part,):
+        run(each, file, settings)
 
 
 if __name__ == "__main__":

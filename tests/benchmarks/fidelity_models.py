@@ -3,6 +3,7 @@
 W windows, L tokens of a window, N = W L rows, H hidden size, V vocabulary.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def folder(settings: Settings) -> Path:
     return demo.folder()
 
 
+@functools.cache
 def encode(settings: Settings) -> list[list[int]]:
     """The texts as tokens, each with the token that ends a text."""
     tokenizer = AutoTokenizer.from_pretrained(folder(settings))

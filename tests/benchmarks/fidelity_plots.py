@@ -45,19 +45,19 @@ STYLE: Any = {
 }
 
 
-def draw(results: Mapping[str, Any], out: Path, suffix: str = "") -> None:
-    """Write fidelity_gradients.svg and fidelity_students.svg, each where its part is there."""
+def draw(results: Mapping[str, Any], file: Path) -> None:
+    """Write NAME_gradients.svg and NAME_students.svg beside NAME.json, each where its part is there."""
     kept = results["bytes"]["figures"]
     if "gradients" in results:
         found = results["gradients"]["figures"]
-        panels(found, kept, GRADIENTS, out / f"fidelity_gradients{suffix}.svg", log=True)
+        panels(found, kept, GRADIENTS, file.with_name(f"{file.stem}_gradients.svg"), log=True)
     if "students" in results:
         students = results["students"]["figures"]
         found = {}
         for name in students:
             more = {key: excess(students, name, key) for key in STUDENTS}
             found[name] = [{key: more[key][i] for key in more} for i in range(len(more["kl"]))]
-        panels(found, kept, STUDENTS, out / f"fidelity_students{suffix}.svg", log=False)
+        panels(found, kept, STUDENTS, file.with_name(f"{file.stem}_students.svg"), log=False)
 
 
 def panels(
