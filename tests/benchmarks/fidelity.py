@@ -10,7 +10,7 @@ part=all         all of these, one after the other; with device=cuda gradients a
 
 Each part adds to OUT/NAME.json, the students one by one. Rows are what a store holds: they come from the functions
 that generate uses, are rounded as it rounds them, and go through DistillationLoss. texts=FILE.jsonl has lines with a
-"text". A GPU machine needs neither zarr nor datasets: where a file has no bytes, plots take those of docs/fidelity.json.
+"text". A GPU machine needs neither zarr nor datasets: without bytes in a file, plots take those of docs/fidelity.json.
 """
 
 import dataclasses
