@@ -2,7 +2,7 @@
 
 Top-k and VarOpt are written with a store, codec compact, one block of one inner chunk; all arrays count, tokens too.
 Draws with replacement have no store. They are laid out as the literature has them, the different ids of a row in order
-and how often each came, with the same compression: ids, counts, how many ids a row has, and the tokens.
+and how often each came; each of these arrays, and the tokens, with the codec of the store that is smallest for it.
 """
 
 import tempfile
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numcodecs import Blosc
 from numcodecs.pcodec import PCodec
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     some = Windows(text)
     tokens = some.inputs.flatten().numpy().astype(np.int32)
     hidden = hidden_states(teacher, some.inputs, 4)
-    found: dict[str, Any] = {"text": {"bytes": pcodec_bytes(tokens) / len(tokens), "ids": 0.0}}
+    found: dict[str, Any] = {"text": {"bytes": smallest(tokens) / len(tokens), "ids": 0.0}}
     found["full"] = {"bytes": 2.0 * teacher.config.vocab_size, "ids": float(teacher.config.vocab_size)}
     for method in {each.kept: each for each in METHODS if each.kind not in ("full", "text")}.values():
         parts = []
@@ -36,7 +37,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
             parts.append(rows_of(logits, method, some.next_ids[first : first + 1024], 0, first))
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if method.kind == "draws":
-            size = sum(pcodec_bytes(values) for values in (tokens, *draw_arrays(rows["target_ids"])))
+            size = sum(smallest(values) for values in (tokens, *draw_arrays(rows["target_ids"])))
         else:
             size = store_bytes(tokens, rows, method, settings.length)
         found[method.kept] = {"bytes": size / len(tokens), "ids": expected_ids(rows)}
@@ -80,6 +81,8 @@ def draw_arrays(ids: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.u
     return ids[first], counts.astype(np.uint16), first.sum(axis=1).astype(np.uint16)
 
 
-def pcodec_bytes(values: NDArray[Any]) -> int:
-    """Bytes of one array, compressed."""
-    return len(PCodec().encode(np.ascontiguousarray(values)))
+def smallest(values: NDArray[Any]) -> int:
+    """Bytes of one array, compressed with what the store has: whatever is smallest."""
+    size = values.dtype.itemsize
+    blosc = [Blosc("zstd", 6, shuffle, typesize=size) for shuffle in (Blosc.NOSHUFFLE, Blosc.SHUFFLE)]
+    return min(len(codec.encode(np.ascontiguousarray(values))) for codec in (PCodec(level=12), *blosc))
