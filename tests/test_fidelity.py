@@ -109,7 +109,9 @@ def test_held_out_figures_are_those_of_distill() -> None:
     settings = Settings(length=32, tokens=32)
     empty = torch.empty(0)
     found = evaluate(student, settings, Seed(held_out, held_out, empty, said, head, {}))
-    q = student(tokens[:, :-1]).logits.flatten(0, 1).detach()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = student.model(tokens[:, :-1]).last_hidden_state.flatten(0, 1)
+    q = student.lm_head(hidden.float()).detach()
     everything = Method("topk", 1000)
     rows = as_read(rows_of(said @ head.T, everything, held_out.next_ids, 0, 0), held_out.next_ids)
     theirs = summarize(measured(q, rows, [1.0]))

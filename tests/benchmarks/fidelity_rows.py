@@ -31,7 +31,7 @@ class Settings:
     seeds: int = 3
     layers: int = 24  # of the students of part students
     heal: int = 40  # steps of cross-entropy from the teacher's layers to the common start
-    steps: int = 30
+    steps: int = 16
     tokens: int = 512  # of a step
     length: int = 256  # tokens of a window
     held_out: int = 4096  # tokens

@@ -167,7 +167,8 @@ def evaluate(student: Any, settings: Settings, given: Seed) -> dict[str, float]:
     calibration_error  the same over 15 bins of q, absolute (Guo et al., 2017)
     """
     student.eval()
-    saying = hidden_states(student, given.held_out.inputs, max(1, settings.tokens // settings.length))
+    with torch.autocast(settings.device, torch.bfloat16):
+        saying = hidden_states(student, given.held_out.inputs, max(1, settings.tokens // settings.length))
     next_ids = given.held_out.next_ids.to(saying.device)
     sums, bins = torch.zeros(3, dtype=torch.float64), torch.zeros(2, BINS, dtype=torch.float64)
     for first in range(0, len(saying), CHUNK):
