@@ -67,7 +67,7 @@ METHODS = (
     Method("text"),
     *(Method("topk", k, tail) for k in (16, 64) for tail in ("bucket", "renormalize", "ground_truth")),
     Method("draws", 50),
-    *(Method("varopt", k) for k in (8, 16, 24, 32, 50)),
+    *(Method("varopt", k) for k in (8, 16, 24, 32, 50, 128)),
 )
 
 
