@@ -19,6 +19,7 @@ from tests.benchmarks.fidelity_gradients import angle, compared, gradient
 from tests.benchmarks.fidelity_models import Windows, split
 from tests.benchmarks.fidelity_rows import METHODS, Method, Settings, as_read, expected_ids, rows_of
 from tests.benchmarks.fidelity_students import STUDENTS, Seed, evaluate
+from tests.benchmarks.fidelity_tables import tables
 from tests.support import build_model
 
 N, V = 6, 300
@@ -158,3 +159,10 @@ def test_the_whole_study(model_folder: Any, texts: Any, tmp_path: Path) -> None:
         assert all(f">{method.name}<" in picture for method in STUDENTS if method.kind not in ("full", "text"))
     with pytest.raises(SystemExit, match="step"):
         fidelity.main(["step=3"])
+
+
+def test_the_tables_of_the_page_are_those_of_its_figures() -> None:
+    page = (fidelity.DOCS / "fidelity.md").read_text().splitlines()
+    lines = [line for line in tables(json.loads((fidelity.DOCS / "fidelity.json").read_text())) if line.startswith("|")]
+    assert len(lines) > 3 * len(STUDENTS)
+    assert set(lines) <= {*page}

@@ -17,6 +17,7 @@ from tests.benchmarks.fidelity_rows import METHODS, Method
 from tests.benchmarks.fidelity_tables import excess
 
 GREY = "#888888"
+PLACE = ("axes fraction", "data")
 TICKS = [10, 20, 30, 50, 100, 200]
 COLOURS = {
     "bucket": "#d9822b",
@@ -63,7 +64,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
 def panels(
     found: Mapping[str, list[dict[str, float]]], kept: Mapping[str, Any], what: Mapping[str, str], file: Path, log: bool
 ) -> None:
-    """One panel for each of `what`: bytes a token across, the figure up; whole distribution and text as lines."""
+    """One panel for each of `what`: bytes a token across, the figure up."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4 * len(what), 4.2), layout="constrained")
         for place, (key, title) in enumerate(what.items()):
@@ -77,6 +78,7 @@ def panels(
             axes.set_xlim(8, 700)
             axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
             axes.xaxis.minorticks_off()
+            axes.margins(y=0.15)
             if log:
                 axes.yaxis.set_major_formatter("{x:g}")
             labels = [
@@ -102,12 +104,14 @@ def spread(labels: list[Any]) -> None:
 
 
 def add(axes: Any, method: Method, values: list[float], kept: Mapping[str, Any]) -> Any:
-    """One method in a panel: a point with its bar, and its label; or a line across, and None."""
+    """One method in a panel: a point with its bar, and its label; or what has no bytes, and None."""
     middle = statistics.median(values)
-    if method.kind in ("full", "text"):
-        axes.axhline(middle, color=GREY, linestyle="--" if method.kind == "full" else ":", linewidth=1)
-        label = "whole distribution" if method.kind == "full" else "text alone"
-        axes.annotate(label, (0.01, middle), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    if method.kind == "full":
+        axes.axhline(middle, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate("whole distribution", (0.99, middle), xycoords=PLACE, va="top", ha="right", fontsize=8)
+        return None
+    if method.kind == "text":  # far from all others: in words
+        axes.set_title(f"text alone: {middle:.3g}", fontsize=8, loc="right", y=0.94)
         return None
     colour = COLOURS[method.tail if method.kind == "topk" else method.kind]
     at = kept[method.kept]["bytes"]
