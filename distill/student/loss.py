@@ -49,14 +49,6 @@ class Target:
     logprobs: Tensor
     tail: Tensor | None = None
 
-    @classmethod
-    def from_draws(cls, draw_ids: Tensor) -> "Target":
-        """From random ids [N, n] drawn from p with replacement: each has 1/n. This is an unbiased estimate of p.
-
-        The mean gradient of forward_kl over many draws is the gradient with the full p (Sparse Logit Sampling).
-        """
-        return cls(draw_ids, torch.full(draw_ids.shape, -math.log(draw_ids.shape[1]), device=draw_ids.device))
-
 
 @dataclass(frozen=True)
 class DistillationLoss:

@@ -3,6 +3,7 @@
 N rows, V vocabulary, K kept ids.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,9 @@ def losses(method: Method, logits: Tensor, rows: Rows, teacher_logits: Tensor) -
     if method.kind == "full":
         return full_kl(logits.float(), teacher_logits)
     if method.kind == "draws":
-        return forward_kl(logits.float(), Target.from_draws(rows["target_ids"]))
+        drawn = rows["target_ids"]
+        each = torch.full(drawn.shape, -math.log(method.k), device=drawn.device)
+        return forward_kl(logits.float(), Target(drawn, each))
     loss = DistillationLoss(alpha=0.0) if method.kind == "text" else DistillationLoss(tail=method.tail)
     return loss.per_row(logits, rows, [1.0])
 

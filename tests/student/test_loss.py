@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distill.errors import ConfigError
-from distill.student.loss import DistillationLoss, Target, forward_kl
+from distill.student.loss import DistillationLoss
 from tests.captured import topk
 
 N, V, K = 12, 50, 6
@@ -103,17 +103,6 @@ def test_all_ids_kept_is_the_full_divergence():
     torch.testing.assert_close(found, (p * (p.log() - log_q)).sum(dim=1), atol=1e-5, rtol=1e-5)
     found.sum().backward()
     assert logits.grad.isfinite().all()
-
-
-def test_draws_are_unbiased():
-    teacher, _ = teacher_rows()
-    p = teacher[:1].softmax(dim=1)
-    one, full = student_logits()[:1].detach().requires_grad_(), student_logits()[:1].detach().requires_grad_()
-    torch.manual_seed(2)
-    draws = torch.multinomial(p[0], 200_000, replacement=True).view(1, -1)
-    forward_kl(one, Target.from_draws(draws)).sum().backward()
-    (p * (p.log() - full.log_softmax(dim=1))).sum().backward()
-    torch.testing.assert_close(one.grad, full.grad, atol=5e-3, rtol=0)
 
 
 def test_ids_that_the_student_lacks_count_as_tail():
