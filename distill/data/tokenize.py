@@ -34,6 +34,8 @@ from distill.run.processes import obey_parent_only, signals_blocked
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE_SECONDS = 2.0
+
 _TEXT_WINDOW = 1024
 """Tokens in a window of a text, with dataset.max_length=auto."""
 
@@ -207,9 +209,24 @@ def _encoded(form: Form, rows: Iterator[Row], num_proc: int) -> Iterator[Encoded
             while waiting:
                 yield from waiting.popleft().result()
         except BrokenProcessPool as error:
+            _end(pool)
             raise DataError(
                 f"dataset.num_proc: one of {num_proc} processes that tokenize was killed; was there enough memory?"
             ) from error
+
+
+def _end(pool: Any) -> None:
+    """Let a broken pool end; where it does not, end its processes, and close our end of what they read.
+
+    The thread that feeds them waits at a full pipe for as long as one may read it, and we wait for that thread: one of
+    them may be stopped, or wait for a lock that the killed one held (cpython #94777, mended in 3.12).
+    """
+    manager = pool._executor_manager_thread
+    manager.join(_PATIENCE_SECONDS)
+    if manager.is_alive():
+        for process in list(pool._processes.values()):
+            process.kill()
+        pool._call_queue._reader.close()
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,18 +109,26 @@ def test_processes_give_the_same_samples(tmp_path):
 
 
 def test_a_process_that_is_killed_is_said(tmp_path):
-    """As the kernel does when memory is short: the run must not wait for it for ever."""
+    """As the kernel does when memory is short: the run must not wait for it for ever, nor for one that is stopped."""
     rows = [{"text": json.dumps(list(range(2000)))}] * 20000
     path = write(tmp_path / "x.jsonl", rows)
 
-    def kill() -> None:
-        children = f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children"
-        with open(children) as file:  # noqa: PTH123
-            found = file.read().split()
-        if found:
-            os.kill(int(found[-1]), signal.SIGKILL)
+    def children() -> list[int]:
+        file = Path(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children")
+        return [int(child) for child in file.read_text().split()]
 
-    timer = threading.Timer(2.0, kill)
+    before = children()
+
+    def kill() -> None:
+        while len(found := [child for child in children() if child not in before]) < 2:
+            time.sleep(0.1)
+        time.sleep(1.0)  # until they work
+        for child in found:
+            os.kill(child, signal.SIGSTOP)
+        time.sleep(1.0)  # until what they were sent fills the pipe
+        os.kill(found[-1], signal.SIGKILL)
+
+    timer = threading.Thread(target=kill)
     timer.start()
     with pytest.raises(DataError, match="one of 2 processes that tokenize was killed"):
         run(f"dataset.path={path}", "dataset.num_proc=2")
