@@ -51,7 +51,7 @@ def build(config: StudentConfig, source: Source, seed: int) -> Any:
     if config.init == "random":
         settings = source.model_config
         if config.layers is not None:
-            settings = _with_layers(settings, _kept(config.layers, settings))
+            settings = _with_layers(settings, evenly_spaced(config.layers, settings))
         return _frozen_outside_text(loader.from_config(settings, **kwargs))
     kwargs |= adapter.UNMERGED if source.adapter is not None else {}
     try:
@@ -67,7 +67,7 @@ def build(config: StudentConfig, source: Source, seed: int) -> Any:
             f"student.model: expected all weights in {source.folder}, found {len(missing)} missing ({missing[0]})"
         )
     return _frozen_outside_text(
-        model if config.layers is None else shortened(model, _kept(config.layers, model.config))
+        model if config.layers is None else shortened(model, evenly_spaced(config.layers, model.config))
     )
 
 
@@ -78,7 +78,7 @@ def _frozen_outside_text(model: Any) -> Any:
     return model
 
 
-def _kept(layers: int, settings: Any) -> list[int]:
+def evenly_spaced(layers: int, settings: Any) -> list[int]:
     """The numbers of `layers` evenly spaced layers, the first and the last among them."""
     there = int(settings.get_text_config().num_hidden_layers)
     if layers > there:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from distill.store.store import Store
 
-SAMPLED = (8, 16, 32)
+_SAMPLED = (8, 16, 32)
 """The k of capture.method=sample that are compared."""
 
 _PIECES = 64
@@ -35,10 +35,10 @@ class Choice:
     def __init__(self, k: int, method: str = "topk", more: int = 0) -> None:
         """k: the most ids of a row. more: another k to compare as a sample."""
         self.method = method
-        self.ks = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
+        self._ks = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
         self.rows = 0
-        self._mass, self._entropy, self._ids = np.zeros(len(self.ks)), 0.0, 0.0
-        self._sampled = {n: 0.0 for n in sorted({*SAMPLED, more}) if 1 < n <= k}
+        self._mass, self._entropy, self._ids = np.zeros(len(self._ks)), 0.0, 0.0
+        self._sampled = {n: 0.0 for n in sorted({*_SAMPLED, more}) if 1 < n <= k}
 
     def add(self, ids: NDArray[np.integer], logprobs: NDArray[np.floating], tail: NDArray[np.floating]) -> None:
         """Rows as a store has them: target_ids and target_logprobs [N, K], and tail_logprob at temperature 1 [N]."""
@@ -49,7 +49,7 @@ class Choice:
         most = np.where(num_drawn > 0, rest / np.maximum(num_drawn, 1), np.minimum(least, rest))  # of an id of the rest
         self.rows += len(p)
         self._ids += float(num_ids.sum())
-        self._mass += p.cumsum(axis=1)[:, [k - 1 for k in self.ks]].sum(axis=0)
+        self._mass += p.cumsum(axis=1)[:, [k - 1 for k in self._ks]].sum(axis=0)
         self._entropy -= float((_plogp(p).sum(axis=1) + rest * np.log(np.maximum(most, 1e-30))).sum())
         for k in self._sampled:
             expected = np.minimum(1, k * p).sum(axis=1) + k * rest
@@ -63,7 +63,7 @@ class Choice:
         """The figures in words, by the names of their lines; none without rows."""
         if not self.rows:
             return {}
-        mass = ", ".join(f"{k}: {each / self.rows:.2f}" for k, each in zip(self.ks, self._mass, strict=True))
+        mass = ", ".join(f"{k}: {each / self.rows:.2f}" for k, each in zip(self._ks, self._mass, strict=True))
         found = {
             "mass of the top": f"{'at least ' if self.method == 'sample' else ''}{mass}",
             "entropy": f"at least {self._entropy / self.rows:.2f} nats",

@@ -101,9 +101,9 @@ def load(settings: Settings) -> Any:
 
 def student_of(teacher: Any, layers: int) -> Any:
     """A student of so many of the teacher's layers, evenly spaced."""
-    from distill.student.model import _kept, shortened
+    from distill.student.model import evenly_spaced, shortened
 
-    return shortened(teacher, _kept(layers, teacher.config)).to(teacher.device)
+    return shortened(teacher, evenly_spaced(layers, teacher.config)).to(teacher.device)
 
 
 @torch.no_grad()
