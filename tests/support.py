@@ -328,7 +328,7 @@ def open_raw(store: Path, name: str) -> Any:
 
 
 def planned_store(
-    path: Path, layout: Any, index: Any = None, masked: bool = False, k: int = 2, **attributes: Any
+    path: Path, layout: Any, index: Any = None, planned: Sequence[str] = ("tokens",), k: int = 2, **attributes: Any
 ) -> Any:
     """A store with the sample table of a Plan, not published: its tokens are to be written."""
     from distill.store.writable import WritableStore
@@ -337,7 +337,7 @@ def planned_store(
     found |= {"num_tokens": int(layout.lengths.sum())}
     found |= {"config": {}, "fingerprint": "made up"}
     found |= {"block_rows": layout.block_rows, "num_blocks": layout.num_blocks, "num_samples": len(layout.lengths)}
-    store = WritableStore.create(str(path), {}, found | attributes, masked, "portable")
+    store = WritableStore.create(str(path), {}, found | attributes, planned, "portable")
     store.write_all("sample_start", layout.starts)
     store.write_all("sample_length", layout.lengths)
     store.write_all("sample_index", np.arange(len(layout.lengths)) if index is None else index)
@@ -363,7 +363,7 @@ def masked_store(store: Path, folder: Path, trained: Sequence[int]) -> Path:
     old = Store.existing(str(store), {})
     mask = np.zeros(old.num_blocks * old.block_rows, bool)
     mask[old.read_all("sample_start")[list(trained)]] = True
-    new = WritableStore.create(str(folder), {}, old.attributes, masked=True, codec="portable")
+    new = WritableStore.create(str(folder), {}, old.attributes, planned=["tokens", "loss_mask"], codec="portable")
     for name in ("sample_start", "sample_length", "sample_index"):
         new.write_all(name, old.read_all(name))
     for block in range(old.num_blocks):

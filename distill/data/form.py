@@ -12,6 +12,7 @@ from distill.errors import DataError
 class Encoded(NamedTuple):
     """An example's tokens; trained: whether each is trained on, None = all are. dropped: why there are no tokens.
 
+    logprobs: of each token, of whoever sampled it, nan where it is not trained on; None = nobody says
     notes: what a user should know about it, the end of a sentence that begins with a number of examples
     """
 
@@ -19,20 +20,21 @@ class Encoded(NamedTuple):
     trained: list[bool] | None = None
     notes: tuple[str, ...] = ()
     dropped: str = ""
+    logprobs: list[float] | None = None
 
 
 class Form:
     """One meaning of columns.
 
     columns: those that it needs. optional: those that it uses where they are. splits: whether a long example may be cut
-    into windows that are trained on one by one. masked: whether not every token may be trained on. prefix, suffix: the
-    special tokens that the tokenizer puts around a text.
+    into windows that are trained on one by one. masked: whether not every token may be trained on. sampled: whether
+    examples have log-probabilities. prefix, suffix: the special tokens that the tokenizer puts around a text.
     """
 
     name = "text"
     columns: tuple[str, ...] = ("text",)
     optional: tuple[str, ...] = ()
-    splits, masked = False, True
+    splits, masked, sampled = False, True, False
 
     def __init__(self, config: DatasetConfig, tokenizer: Any) -> None:
         self._config, self._tokenizer = config, tokenizer

@@ -1,5 +1,6 @@
 """Examples that are tokens already: ids are used as they are, never decoded."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,15 @@ from distill.data.form import Encoded, Form, empty
 from distill.data.messages import show
 from distill.errors import DataError
 
+_ABOVE_ZERO = 1e-3
+"""What a log-probability of 1 may be by rounding."""
+
 
 class Tokens(Form):
-    """Token ids, which are used as they are; with a mask or labels, or with a prompt's ids apart."""
+    """Token ids, which are used as they are; with a mask or labels, or with a prompt's ids apart.
+
+    Tokens that a model has written may have `logprobs`: what it drew each of them with.
+    """
 
     name = "tokens"
     columns: tuple[str, ...] = ("input_ids",)
@@ -26,12 +33,17 @@ class Tokens(Form):
         self._mask = found[0] if found else None
         self.unused = found[1:]
         self.masked = self._apart or self._mask is not None
-        self.splits = not self.masked
-        self.optional = () if self._apart else ("attention_mask", *found[:1])
+        self.sampled = "logprobs" in columns
+        self.splits = not self.masked and not self.sampled
+        self.optional = (("logprobs",) if self.sampled else ()) + (
+            () if self._apart else ("attention_mask", *found[:1])
+        )
 
     def _encode(self, row: Row, where: str) -> Encoded:
-        late = [name for name in self.masks if row.get(name) is not None and name not in (self._mask, *self.unused)]
-        if late and not self._apart:
+        masks = () if self._apart else self.masks
+        late = [name for name in masks if row.get(name) is not None and name not in (self._mask, *self.unused)]
+        late += ["logprobs"] if row.get("logprobs") is not None and not self.sampled else []
+        if late:
             raise DataError(
                 f"dataset: expected the columns of the first examples, found {late[0]!r} too in {where}: put one "
                 "that has it first"
@@ -40,11 +52,13 @@ class Tokens(Form):
             asked, answered = (self._ids(row, name, where) for name in self.columns)
             if not answered:
                 return Encoded([], dropped=empty(row, self.columns))
-            return Encoded(asked + answered, [False] * len(asked) + [True] * len(answered))
+            trained: list[bool] | None = [False] * len(asked) + [True] * len(answered)
+            return Encoded(asked + answered, trained, logprobs=self._logprobs(row, asked + answered, trained, where))
         ids = self._ids(row, "input_ids", where)
         if not ids:
             return Encoded([], dropped=empty(row, self.columns))
         trained = self._trained(row, ids, where) if self._mask else None
+        logprobs = self._logprobs(row, ids, trained, where)
         attended = row.get("attention_mask")
         if attended is not None and not all(attended):  # padding, which is at one end
             self._expect_length(attended, ids, "attention_mask", where)
@@ -52,10 +66,27 @@ class Tokens(Form):
             kept = slice(there[0], there[-1] + 1) if there else slice(0)
             if len(there) != len(attended[kept]):
                 raise DataError(f"dataset: expected an attention_mask of ones between padding in {where}, found others")
-            ids, trained = ids[kept], trained[kept] if trained else None
+            ids, trained, logprobs = ids[kept], trained and trained[kept], logprobs and logprobs[kept]
             if not ids:
                 return Encoded([], dropped="empty")
-        return Encoded(ids, trained)
+        return Encoded(ids, trained, logprobs=logprobs)
+
+    def _logprobs(self, row: Row, ids: list[int], trained: list[bool] | None, where: str) -> list[float] | None:
+        """Of each token, nan where it is not trained on: from one for each of them, or for each that is trained on."""
+        if not self.sampled:
+            return None
+        found = row.get("logprobs")
+        at = [i for i in range(len(ids)) if trained is None or trained[i]]
+        if not isinstance(found, list) or len(found) not in (len(ids), len(at)):
+            size = len(found) if isinstance(found, list) else show(found)
+            few = f"{len(at)} entries" if len(at) == len(ids) else f"{len(at)} entries, or {len(ids)},"
+            raise DataError(f"dataset: expected {few} in 'logprobs' of {where}, one for each token, found {size}")
+        entries = dict(zip(at if len(found) == len(at) else range(len(ids)), found, strict=True))
+        logprobs = [math.nan] * len(ids)
+        for i in at:
+            if i > 0:  # nothing comes before the first one
+                logprobs[i] = _logprob(entries[i], ids[i], f"token {i} of {where}")
+        return logprobs
 
     def _ids(self, row: Row, column: str, where: str) -> list[int]:
         ids = row.get(column)
@@ -97,3 +128,19 @@ class Tokens(Form):
             raise DataError(
                 f"dataset: expected {len(ids)} entries in {name!r} of {where}, as in input_ids, found {size}"
             )
+
+
+def _logprob(entry: Any, token: int, where: str) -> float:
+    """A log-probability, as engines write it: a number, SGLang's (number, id, text), or vLLM's {id: {logprob: ...}}."""
+    value: Any = entry
+    if isinstance(value, dict) and "logprob" not in value:
+        value = value.get(str(token))  # of all ids that were likely, in JSON's words
+    if isinstance(value, dict):
+        value = value.get("logprob")
+    if isinstance(value, list) and len(value) in (2, 3) and value[1] == token:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= _ABOVE_ZERO:
+        raise DataError(
+            f"dataset: expected a log-probability in 'logprobs' at {where} (id {token}), found {show(entry)}"
+        )
+    return min(0.0, float(value))

@@ -1,6 +1,7 @@
 """From the examples of a dataset to samples: sequences of token ids, with a mask of what is trained on.
 
-The loss mask of a sample is True at each position whose NEXT token is trained on. Texts beyond `max_length` are cut
+The loss mask of a sample is True at each position whose NEXT token is trained on; sampled log-probabilities are about
+the next token too. Texts beyond `max_length` are cut
 into windows. Everything else is cut at its end, or dropped: a window of a chat has no question.
 
 S samples, N tokens of several samples.
@@ -61,12 +62,12 @@ class Samples:
         return int(self._columns["tokens"].max())
 
     @property
-    def has_loss_mask(self) -> bool:
-        """Whether not every token is trained on."""
-        return "loss_mask" in self._columns
+    def columns(self) -> list[str]:
+        """The names of what there is for each token, as in a store."""
+        return list(self._columns)
 
     def take(self, samples: Sequence[int] | NDArray[np.integer]) -> dict[str, NDArray[Any]]:
-        """The given samples, concatenated: tokens [N] int32, source [n] int64 and perhaps loss_mask [N] bool."""
+        """The given samples, concatenated: tokens [N] int32, source [n] int64 and what else `columns` names."""
         lengths = self.lengths[samples]
         at = np.repeat(self._ends[samples] - np.cumsum(lengths, dtype=np.int64), lengths)
         at += np.arange(len(at))  # [N], the place of each token
@@ -76,8 +77,10 @@ class Samples:
 class _Spool:
     """Samples while they are made: in files that nobody else sees, and that are gone with this process."""
 
-    def __init__(self, masked: bool) -> None:
-        self._types = {"tokens": np.int32} | ({"loss_mask": np.bool_} if masked else {})
+    def __init__(self, form: Form) -> None:
+        self._types: dict[str, type] = {"tokens": np.int32}
+        self._types |= {"loss_mask": np.bool_} if form.masked else {}
+        self._types |= {"sampled_logprob": np.float16} if form.sampled else {}
         self._files: dict[str, IO[bytes]] = {name: tempfile.TemporaryFile() for name in self._types}  # noqa: SIM115
         self._lengths, self._source = array.array("i"), array.array("q")
 
@@ -88,8 +91,14 @@ class _Spool:
         for file in self._files.values():
             file.close()  # what was mapped stays
 
-    def add(self, tokens: list[int], mask: list[bool] | None, example: int) -> None:
-        columns: dict[str, Any] = {"tokens": tokens, "loss_mask": mask}
+    def add(self, sample: Encoded, example: int) -> None:
+        """Masks and log-probabilities move to the row before: they are about the next token, and the last has none."""
+        tokens, trained, logprobs = sample.tokens, sample.trained, sample.logprobs
+        columns: dict[str, Any] = {
+            "tokens": tokens,
+            "loss_mask": trained and [*trained[1:], False],
+            "sampled_logprob": logprobs and [*logprobs[1:], np.nan],
+        }
         for name, file in self._files.items():
             file.write(np.asarray(columns[name], self._types[name]).tobytes())
         self._lengths.append(len(tokens))
@@ -126,14 +135,14 @@ def tokenize(
         _encoded(form, rows, config.num_proc), "tokenizing", unit=" examples", disable=not visible, file=sys.stderr,
         mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, delay=1.0,
     )  # fmt: skip
-    with _Spool(form.masked) as spool:
+    with _Spool(form) as spool:
         for example, encoded in enumerate(bar):
             counts.update(encoded.notes)
-            for tokens, trained in _pieces(form, encoded, limit, config.long, counts):
-                if len(tokens) < 2 or (trained is not None and not any(trained[1:])):
+            for sample in _pieces(form, encoded, limit, config.long, counts):
+                if len(sample.tokens) < 2 or (sample.trained is not None and not any(sample.trained[1:])):
                     counts["without a token to train on"] += 1
-                else:  # the mask is about the next token, and the last row has none
-                    spool.add(tokens, None if trained is None else [*trained[1:], False], example)
+                else:
+                    spool.add(sample, example)
         samples = spool.samples()
     data.check_unchanged()
     report = _report(data, form, other, example + 1, counts, limit)
@@ -156,26 +165,24 @@ def _limit(form: Form, config: DatasetConfig, context_length: int | None) -> int
     return None if config.max_length is None else int(config.max_length)
 
 
-def _pieces(
-    form: Form, encoded: Encoded, limit: int | None, long: str, counts: Counter[str]
-) -> Iterator[tuple[list[int], list[bool] | None]]:
+def _pieces(form: Form, encoded: Encoded, limit: int | None, long: str, counts: Counter[str]) -> Iterator[Encoded]:
     """The samples that are made of an example. counts: what was dropped or cut is added."""
-    tokens, trained = encoded.tokens, encoded.trained
+    tokens, trained, logprobs = encoded.tokens, encoded.trained, encoded.logprobs
     if not tokens:
         counts[encoded.dropped or "empty"] += 1
     elif limit is None or len(tokens) <= limit:
-        yield tokens, trained
+        yield encoded
     elif long == "drop":
         counts["too long"] += 1
     elif form.splits and long == "split":
         size = len(form.prefix) if tokens[: len(form.prefix)] == form.prefix else 0  # each window begins with them
-        yield tokens[:limit], trained
+        yield Encoded(tokens[:limit])
         for at in range(limit, len(tokens), step := max(1, limit - size)):
-            yield tokens[:size] + tokens[at : at + step], None
+            yield Encoded(tokens[:size] + tokens[at : at + step])
     else:
         counts["cut"] += 1
         counts["lost"] += len(tokens) - limit if trained is None else sum(trained[limit:])
-        yield tokens[:limit], None if trained is None else trained[:limit]
+        yield Encoded(tokens[:limit], trained and trained[:limit], logprobs=logprobs and logprobs[:limit])
 
 
 def _report(data: Data, form: Form, other: str, examples: int, counts: Counter[str], limit: int | None) -> str:

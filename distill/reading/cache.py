@@ -11,10 +11,11 @@ processes of a machine that got the cache from one another share that.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -74,6 +75,12 @@ class TeacherCache(Dataset[Sample]):
         return [float(temperature) for temperature in self.attributes["temperatures"]]
 
     @property
+    def arrays(self) -> frozenset[str]:
+        """The names of the store's arrays over rows; loss_mask, sampled_logprob and next_logprob need not be there."""
+        store = self._reader.store
+        return frozenset([*store.planned, *store.captured])
+
+    @property
     def max_length(self) -> int:
         """The number of tokens of the longest sample."""
         return max((int(lengths.max()) for lengths in self._index.lengths()), default=0)
@@ -121,6 +128,26 @@ class TeacherCache(Dataset[Sample]):
             return self._of(self._index), self[:0]
         held_out = _some_examples(self._index.sources(self._reader.store), num_samples, seed)
         return self._of(self._index.where(~held_out)), self._of(self._index.where(held_out))
+
+    def select(self, keep: Callable[[Sample], bool]) -> "TeacherCache":
+        """A cache of those samples for which `keep` is true. All are read once, without the teacher's distributions.
+
+        keep: is called with sample, tokens, loss_mask (true where a token follows that is trained on), and if they are
+        there next_logprob and sampled_logprob, of one sample after the other, as in distill/reading/samples.py:
+
+            likely = cache.select(lambda sample: sample["next_logprob"][sample["loss_mask"]].mean() > -2)
+        """
+        index, store = self._index.ascending(), self._reader.store
+        names = [name for name in ("tokens", "loss_mask", "next_logprob", "sampled_logprob") if name in self.arrays]
+        wanted = np.zeros(len(index), bool)
+        for start, stop in index.pieces(store.block_rows).tolist():
+            starts, lengths = index.spans(start, stop)
+            rows = store.read_arrays(names, first := int(starts[0]), int(starts[-1] + lengths[-1]))
+            for i, (at, length) in enumerate(zip(starts - first, lengths, strict=True), start):
+                sample = to_sample(index.number(i), {name: rows[name][at : at + length] for name in names})
+                sample.setdefault("loss_mask", torch.arange(int(length)) < int(length) - 1)
+                wanted[i] = bool(keep(sample))
+        return self._of(index.where(wanted))
 
     def shuffled(
         self,

@@ -10,6 +10,8 @@ A sample is a dict of tensors. Row t of each tensor is about the token that foll
     target_logprobs   [T, K]   float32, at temperature 1; nan where an id was drawn, or there is none
     logsumexp       [T, n]   float32
     tail_logprob    [T, n]   float32, of all ids without a target_logprob: each drawn one weighs an equal part of it
+    next_logprob    [T]      float32, the teacher's, at temperature 1, of the token that really follows; nan at the last
+    sampled_logprob [T]      float32, where a student wrote the tokens and said so: its own; nan where not trained on
     loss_mask       [T]      bool, where not every token is trained on: whether the one that follows is
 """
 
@@ -34,8 +36,8 @@ from distill.store.store import Store
 Sample = dict[str, Any]
 Rows = dict[str, NDArray[Any]]
 
-_ROW_ARRAYS = ("tokens", "target_ids", "target_logprobs", "logsumexp", "tail_logprob", "loss_mask")
 _TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob")
+_OF_NEXT = ("next_logprob", "sampled_logprob")
 _CHUNKS_KEPT = 4
 _SPANS_AT_A_TIME = 8
 
@@ -73,9 +75,8 @@ class RowReader:
                 f"{self.path}: expected the store {self._identity} that was opened first, found the store "
                 f"{identity} at {self._place}"
             )
-        there = store.array_names()
         self._identity = identity
-        self._opened = _Opened(store, [name for name in _ROW_ARRAYS if name in there])
+        self._opened = _Opened(store, [*store.planned, *store.captured])
         return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def empty_sample(k: int, num_temperatures: int) -> Sample:
     sample["target_ids"] = torch.zeros((1, k), dtype=torch.long)
     sample["target_logprobs"] = torch.zeros((1, k))
     sample["logsumexp"] = sample["tail_logprob"] = torch.zeros((1, num_temperatures))
+    sample |= {name: torch.zeros(1) for name in _OF_NEXT}
     return sample
 
 
@@ -193,6 +195,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         next_tokens     [B, L] int64    the token that follows: the label of position t; -1 where none follows
         loss_mask       [B, L] bool     positions to learn from: a token follows that is trained on
         target_ids, target_logprobs, logsumexp, tail_logprob      [B, L, ...] as in a sample, 0 in padding
+        next_logprob, sampled_logprob   [B, L] float32, 0 outside the loss_mask; not there if a sample has none
 
     Position t of each array is about the token that follows input_ids[:, t]: nothing has to be shifted.
     """
@@ -207,10 +210,16 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for name in _TARGETS:
         dtype = torch.int64 if name == "target_ids" else torch.float32
         batch[name] = torch.zeros((*shape, samples[0][name].shape[1]), dtype=dtype)
+    of_next = [name for name in _OF_NEXT if all(name in sample for sample in samples)]
+    batch.update({name: torch.zeros(shape) for name in of_next})
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         batch["input_ids"][row, :length] = sample["tokens"]
         batch["next_tokens"][row, : length - 1] = sample["tokens"][1:]
         batch["loss_mask"][row, : length - 1] = sample["loss_mask"][:-1] if "loss_mask" in sample else True
         for name in _TARGETS:
             batch[name][row, :length] = sample[name]
+        for name in of_next:
+            batch[name][row, :length] = sample[name]
+    for name in of_next:
+        batch[name].masked_fill_(~batch["loss_mask"], 0)
     return batch

@@ -53,8 +53,10 @@ _ENCODINGS: dict[str, dict[tuple[str, str], _Blosc | _Pcodec]] = {
         ("sample", "portable"): _BY_COLUMN,  # most columns are nearly all NaN
         ("sample", "compact"): _BY_COLUMN,
     },
-    "logsumexp": {("topk", "compact"): _Pcodec(level=8), ("sample", "compact"): _Pcodec(level=8)},
-    "tail_logprob": {("topk", "compact"): _Pcodec(level=8), ("sample", "compact"): _Pcodec(level=8)},
+    **{
+        name: {("topk", "compact"): _Pcodec(level=8), ("sample", "compact"): _Pcodec(level=8)}
+        for name in ("logsumexp", "tail_logprob", "next_logprob", "sampled_logprob")
+    },
 }
 """Of each array over rows, for (capture.method, store.codec), what is smallest for its time; any other is _SHUFFLED.
 

@@ -6,7 +6,7 @@ other zarr.json follows from the attributes.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import zarr
@@ -24,11 +24,14 @@ from distill.store.schema import FORMAT, VERSION, array_specs
 Document = dict[str, Any]
 
 
-def array_documents(attributes: Mapping[str, Any], masked: bool, codec: str) -> dict[str, Document]:
-    """The zarr.json of each array of a store with these attributes, by the array's name, as zarr makes them."""
+def array_documents(attributes: Mapping[str, Any], over_rows: Collection[str], codec: str) -> dict[str, Document]:
+    """The zarr.json of each array of a store with these attributes, by the array's name, as zarr makes them.
+
+    over_rows: as in `array_specs`
+    """
     memory = MemoryStore()
     group = zarr.create_group(memory)
-    specs = array_specs(attributes, masked)
+    specs = array_specs(attributes, over_rows)
     for spec in specs:
         create_array(group, spec, attributes, codec)
     found = contents(memory, [f"{spec.name}/zarr.json" for spec in specs])

@@ -28,7 +28,7 @@ from distill.store.metadata import (
     was_interrupted,
 )
 from distill.store.requests import contents
-from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE
+from distill.store.schema import PLANNED, SAMPLE_TABLE
 from distill.store.store import Store
 
 _STEP_ROWS = 1 << 16
@@ -94,7 +94,7 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
             wrong = "does not have the attributes of zarr.json"
         if wrong:
             codec = attributes["config"].get("store.codec", "portable")
-            fresh = fresh or array_documents(attributes, "loss_mask" in names, codec)
+            fresh = fresh or array_documents(attributes, names, codec)
             document = fresh[name] | ({"attributes": plan_attributes} if name == "commits" else {})
             same = array_digest(document) == attributes["arrays"][name]  # another version of zarr may write another
             remedy = (f"{name}/zarr.json", document) if same else None
@@ -162,25 +162,26 @@ class BlockCheck:
 
     def problems(self, store: Store, block: int) -> list[Problem]:
         """What is wrong with a block."""
-        names = [name for name in PLANNED if self.planned and name in store.array_names()]
+        names = store.planned if self.planned else []
         problems, committed = [], bool(self.committed[block])
         if committed and (wrong := self._commit(store, block)):
             problems.append(Problem(f"block {block}:", wrong, block=block))
-        used = None if self.tokens is None else _rows_in_use(store, block)
+        used, last = _rows_in_use(store, block) if self.tokens is not None else (None, np.zeros(0))
         damaged: dict[str, Problem] = {}
         broken: set[str] = set()
         for first in range(0, store.block_rows, _STEP_ROWS):
-            last, start = min(first + _STEP_ROWS, store.block_rows), block * store.block_rows
+            stop, start = min(first + _STEP_ROWS, store.block_rows), block * store.block_rows
             rows = {}
-            for name in (*names, *(CAPTURED if committed else ())):
+            for name in (*names, *(store.captured if committed else ())):
                 try:
-                    rows[name] = store.read_rows(name, start + first, start + last)
+                    rows[name] = store.read_rows(name, start + first, start + stop)
                 except DamageError as error:
                     planned = name in PLANNED
                     keys = (store.chunk_key(name, block),) if planned else ()
                     damaged[name] = Problem(error.what, "", None if planned else block, keys)
-            if used is not None and len(rows) == len(names) + committed * len(CAPTURED):
-                here = {name: values[used[first:last]] for name, values in rows.items()}
+            if used is not None and len(rows) == len(names) + committed * len(store.captured):
+                rows["last"] = last[first:stop]
+                here = {name: values[used[first:stop]] for name, values in rows.items()}
                 broken |= {*broken_rules(here, store.attributes)}
         problems += damaged.values()
         for rule in sorted(broken):  # tokens are what the tokenizer gave: they are no better the next time
@@ -196,18 +197,24 @@ class BlockCheck:
         return "" if rows == expected else f"commits says {rows} rows, its samples have {expected}"
 
 
-def _rows_in_use(store: Store, block: int) -> NDArray[np.bool_]:
-    """[block_rows]: whether a sample has the row."""
+def _rows_in_use(store: Store, block: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """[block_rows] each: whether a sample has the row, and whether it is a sample's last one."""
     samples = store.samples_of(block)
     change = np.zeros(store.block_rows + 1, np.int64)
     starts = store.read_rows("sample_start", samples.start, samples.stop) - block * store.block_rows
+    ends = starts + store.read_rows("sample_length", samples.start, samples.stop)
     np.add.at(change, starts, 1)
-    np.add.at(change, starts + store.read_rows("sample_length", samples.start, samples.stop), -1)
-    return change[:-1].cumsum() > 0
+    np.add.at(change, ends, -1)
+    last = np.zeros(store.block_rows + 1, np.bool_)
+    last[ends - 1] = True
+    return change[:-1].cumsum() > 0, last[:-1]
 
 
 def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> list[str]:
-    """What no teacher would say, of N rows in use: [N, ...] each, of the arrays that there are."""
+    """What no teacher would say, of N rows in use: [N, ...] each, of the arrays that there are.
+
+    last: [N], whether a row is a sample's last one
+    """
     vocab_size, rules = attributes["vocab_size"], {}
     if "tokens" in rows:
         rules["tokens: an id is outside the vocabulary"] = (rows["tokens"] < 0) | (rows["tokens"] >= vocab_size)
@@ -233,7 +240,35 @@ def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
                 np.abs(np.exp(whole).sum(axis=1) - 1) <= slack
             ),
         }
+        if "next_logprob" in rows:
+            rules |= _rules_of_next(rows, logprobs, whole[:, -1])
+    if "sampled_logprob" in rows:
+        rules["sampled_logprob: a log-probability is above 0, or after the end"] = (rows["sampled_logprob"] > 0) | (
+            rows["last"] & ~np.isnan(rows["sampled_logprob"])
+        )
     return [rule for rule, broken in rules.items() if broken.any()]
+
+
+def _rules_of_next(
+    rows: Mapping[str, NDArray[Any]], logprobs: NDArray[np.float64], tail: NDArray[np.float64]
+) -> dict[str, NDArray[np.bool_]]:
+    """What the log-probability of the token that follows cannot be. logprobs, tail: at temperature 1, -inf for none."""
+    found, last = rows["next_logprob"].astype(np.float64), rows["last"]
+    rules = {
+        "next_logprob: a log-probability is above 0": found > 0,
+        "next_logprob: one where no token follows, or none where one does": np.isnan(found) != last,
+    }
+    if "tokens" in rows:
+        following = np.append(rows["tokens"][1:], -1)
+        kept = (rows["target_ids"] == following[:, None]) & np.isfinite(logprobs)
+        known, is_kept = ~last & ~np.isnan(found) & (np.arange(len(last)) < len(last) - 1), kept.any(axis=1)
+        expected = np.where(is_kept, np.where(kept, logprobs, 0).sum(axis=1), tail)
+        above = found - expected > 1e-3 + _ROUNDING * np.clip(-expected, 0, 1e3)
+        below = is_kept & (expected - found > 1e-3 + _ROUNDING * np.clip(-found, 0, 1e3))
+        rules["next_logprob: not what target_logprobs and tail_logprob say of the token that follows"] = known & (
+            above | below
+        )
+    return rules
 
 
 def _rules_of_samples(ids: NDArray[Any], logprobs: NDArray[Any], tail: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:

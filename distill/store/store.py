@@ -100,6 +100,16 @@ class Store:
         """Whether every block was committed, and that was checked."""
         return bool(self.attributes["complete"])
 
+    @property
+    def planned(self) -> list[str]:
+        """The names of the arrays over rows that the plan has written."""
+        return [name for name in PLANNED if name in self._arrays]
+
+    @property
+    def captured(self) -> list[str]:
+        """The names of the arrays over rows that workers write."""
+        return [name for name in CAPTURED if name in self._arrays]
+
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Entries [start, stop) of an array, over rows, samples or blocks, as in `read_arrays`."""
         if name in SAMPLE_TABLE:
@@ -246,7 +256,7 @@ class Store:
 
     def _checksums(self, names: Sequence[str], blocks: range) -> dict[tuple[str, int], NDArray[np.uint32]]:
         """The checksums of the inner chunks of each array in each block: [inner chunks of a block]."""
-        kinds = {"plan_checksums": [name for name in PLANNED if name in self._arrays], "checksums": [*CAPTURED]}
+        kinds = {"plan_checksums": self.planned, "checksums": self.captured}
         per_block = self.block_rows // self.inner_rows
         found: dict[tuple[str, int], NDArray[np.uint32]] = {}
         for kind, members in kinds.items():

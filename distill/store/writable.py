@@ -5,7 +5,7 @@ checksums, makes sure that they are on disk, and then writes the block's entry i
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,15 +36,15 @@ class WritableStore(Store):
 
     @classmethod
     def create(
-        cls, path: str, options: Mapping[str, Any], attributes: Mapping[str, Any], masked: bool, codec: str
+        cls, path: str, options: Mapping[str, Any], attributes: Mapping[str, Any], planned: Collection[str], codec: str
     ) -> Self:
         """Create the group, its attributes and its arrays, and lock it. ``commits`` is left to `publish`.
 
         A store at `path` whose plan was interrupted is removed. attributes: must hold block_rows, num_blocks,
-        num_samples, method, k and temperatures. masked: with a loss_mask. codec: portable or compact.
+        num_samples, method, k and temperatures. planned: which arrays of PLANNED. codec: portable or compact.
         Raises StoreError where the path cannot be written, or another run is writing there.
         """
-        documents = array_documents(attributes, masked, codec)
+        documents = array_documents(attributes, {*planned, *CAPTURED}, codec)
         digests = {name: array_digest(document) for name, document in documents.items()}
         whole = {"format": FORMAT, "version": VERSION, **attributes, "complete": False, "arrays": digests}
         try:
@@ -111,9 +111,9 @@ class WritableStore(Store):
 
     def commit(self, block: int, num_rows: int) -> None:
         """Make sure that the block's shards of all captured arrays are on disk, then say that the block is there."""
-        parts = [self._block_checksums.pop((block, name)) for name in CAPTURED]
+        parts = [self._block_checksums.pop((block, name)) for name in self.captured]
         self._arrays["checksums"][block] = np.concatenate(parts)
-        self._flush(block, *CAPTURED, "checksums")
+        self._flush(block, *self.captured, "checksums")
         self._arrays["commits"][block] = num_rows
         self._flush(block, "commits")
 
@@ -145,7 +145,7 @@ class WritableStore(Store):
     def plan_is_whole(self) -> bool:
         """Whether every chunk is there that the plan wrote, whatever it contains."""
         keys = [key for name in (*SAMPLE_TABLE, "plan_checksums") for key in self.chunk_keys(name)]
-        whole = all(self._blocks_there(name).all() for name in PLANNED if name in self._arrays)
+        whole = all(self._blocks_there(name).all() for name in self.planned)
         return whole and all(together(self.location.exists(key) for key in keys))
 
     def rewrite_plan(
@@ -153,7 +153,7 @@ class WritableStore(Store):
     ) -> None:
         """Write what is missing of the plan.
 
-        table: the arrays over samples. blocks: gives tokens and perhaps loss_mask of each block, in order.
+        table: the arrays over samples. blocks: gives the planned arrays over rows of each block, in order.
         Raises StoreError where they are not what the plan was made of.
         """
         self._begin_plan()
@@ -169,7 +169,7 @@ class WritableStore(Store):
             )
         for name, values in table.items():
             self.write_all(name, values)
-        there = {name: self._blocks_there(name) for name in PLANNED if name in self._arrays}
+        there = {name: self._blocks_there(name) for name in self.planned}
         for block, arrays in enumerate(blocks()):
             for name in arrays:
                 if not there[name][block]:
@@ -180,7 +180,7 @@ class WritableStore(Store):
     def lacking_blocks(self) -> list[int]:
         """Blocks that are committed, and of which a chunk is missing, as after an incomplete copy."""
         whole = self.committed()
-        for name in (*CAPTURED, "checksums"):
+        for name in (*self.captured, "checksums"):
             whole &= self._blocks_there(name)
         return [int(block) for block in np.flatnonzero(self.committed() & ~whole)]
 
@@ -220,7 +220,7 @@ class WritableStore(Store):
 
     def _note_plan(self, name: str, block: int, full: NDArray[Any]) -> None:
         found = self._inner_checksums(full)
-        place = [planned for planned in PLANNED if planned in self._arrays].index(name) * len(found)
+        place = self.planned.index(name) * len(found)
         self._plan_checksums[block, place : place + len(found)] = found
 
     def _plan_digests(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class WritableStore(Store):
 
     def _sync_plan(self) -> None:
         if (root := local_root(self.location)) is not None:
-            for name in {*SAMPLE_TABLE, *PLANNED, "plan_checksums"} & {*self._arrays}:
+            for name in (*SAMPLE_TABLE, *self.planned, "plan_checksums"):
                 for folder, _, files in os.walk(root / name):
                     fsync(*(Path(folder) / file for file in files), Path(folder))
 

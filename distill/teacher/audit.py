@@ -12,18 +12,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.config import BatchConfig, CaptureConfig, GenerateConfig, TeacherConfig
 from distill.data.plan import batches
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.device import pick_device
-from distill.store.schema import CAPTURED
 from distill.store.store import Store
-from distill.teacher.capture import Captured, round_logprobs
+from distill.teacher.capture import Captured, as_float16, round_logprobs
 from distill.teacher.loading import load_here
 from distill.teacher.method import capture
 from distill.teacher.model import Teacher
@@ -34,7 +35,7 @@ from distill.teacher.summary import table
 FACTOR = 3.0
 """How many times as much as between two batch shapes a store may differ from its teacher: devices round differently."""
 
-_SLACK = (1e-6, 1e-5, np.inf, 0.01, 0.01, 0.01)
+_SLACK = (1e-6, 1e-5, np.inf, 0.01, 0.01, 0.01, 0.01)
 _FEWEST_BATCHES = 4
 
 
@@ -44,7 +45,7 @@ class Figures:
 
     mean, high, largest: the divergence: its mean, its 99th percentile, its largest, in nats
     kept, first:         the shares that do not agree: of a row's ids, drawn ones too, and of the most probable ids
-    logsumexp:           the largest difference
+    logsumexp, following: the largest difference; following: of next_logprob
     """
 
     mean: float
@@ -53,6 +54,7 @@ class Figures:
     kept: float
     first: float
     logsumexp: float
+    following: float
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def report(found: Audit) -> str:
         "kept ids that differ": "{:.4%}",
         "first ids that differ": "{:.4%}",
         "logsumexp, largest difference": "{:.2e}",
+        "next_logprob, largest": "{:.2e}",
     }
     columns = [astuple(figures) for figures in (found.store, found.shapes, found.limits)]
     lines = [f"{'':29}{'the store':>14}{'batch shapes':>14}{'at most':>14}"]
@@ -207,14 +210,15 @@ def _batches(store: Store, block: int, max_tokens: int, switch: int | None) -> l
 
 
 def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Tensor, Tensor]:
-    """How far the store, and this teacher in another batch shape, are from the teacher in this batch: [N, 4] each."""
+    """How far the store, and this teacher in another batch shape, are from the teacher in this batch: [N, 5] each."""
     found = store.attributes
     temperatures = found["temperatures"]
     settings = CaptureConfig(found["method"], found["k"], temperatures, found["config"]["capture.seed"])
     draws = [uniforms(settings.seed, rows.start, len(rows)) for rows in batch]
-    read = [store.read_arrays(("tokens", *CAPTURED), rows.start, rows.stop) for rows in batch]
+    read = [store.read_arrays(("tokens", *store.captured), rows.start, rows.stop) for rows in batch]
     tokens = [rows["tokens"] for rows in read]
-    stored = _Rows(*(torch.from_numpy(np.concatenate([rows[name] for rows in read])) for name in CAPTURED))
+    following = torch.from_numpy(np.concatenate([np.append(each[1:], -1) for each in tokens])).long()
+    stored = _Rows.read({name: np.concatenate([rows[name] for rows in read]) for name in store.captured})
     if (
         (stored.ids[:, 0] < 0).any()
         or ((stored.ids < 0) & ~stored.logprobs.isnan()).any()
@@ -235,7 +239,7 @@ def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Te
         own = capture(
             logits,
             settings,
-            torch.full((len(logits),), -1, device=logits.device),
+            following[at : at + len(logits)].to(logits.device),
             u[at : at + len(logits)].to(logits.device),
         )
         assert own is not None
@@ -253,17 +257,29 @@ class _Rows:
     logprobs: Tensor
     logsumexp: Tensor
     tail: Tensor
+    following: Tensor
+
+    @classmethod
+    def read(cls, arrays: Mapping[str, NDArray[Any]]) -> "_Rows":
+        """The captured arrays of a store; one of before has no next_logprob."""
+        found = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        nothing = torch.full((len(found["logsumexp"]),), torch.nan)
+        return cls(
+            found["target_ids"], found["target_logprobs"], found["logsumexp"], found["tail_logprob"],
+            found.get("next_logprob", nothing),
+        )  # fmt: skip
 
     @classmethod
     def of(cls, captured: Captured) -> "_Rows":
         """What a store has of captured rows."""
         rounded = [round_logprobs(x.numpy()) for x in (captured.target_logprobs, captured.tail_logprob)]
         logprobs, tail = map(torch.from_numpy, rounded)
-        return cls(captured.target_ids, logprobs, captured.logsumexp, tail)
+        following = torch.from_numpy(as_float16(captured.next_logprob.numpy()))
+        return cls(captured.target_ids, logprobs, captured.logsumexp, tail, following)
 
     def part(self, start: int, stop: int) -> "_Rows":
         """The rows [start, stop)."""
-        return _Rows(*(getattr(self, name)[start:stop] for name in ("ids", "logprobs", "logsumexp", "tail")))
+        return _Rows(*(values[start:stop] for values in vars(self).values()))
 
 
 def _divergence(logits: Tensor, rows: _Rows, column: int, sampled: bool) -> Tensor:
@@ -282,18 +298,22 @@ def _divergence(logits: Tensor, rows: _Rows, column: int, sampled: bool) -> Tens
     return (torch.where(p == -torch.inf, 0, p.exp() * (p - q)) - p.exp() + q.exp()).sum(dim=1)
 
 
-def _differences(rows: _Rows, own: Captured) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `rows` and what was captured, [n] float64 each: the shares of other ids, other first ids, and of logsumexp."""
+def _differences(rows: _Rows, own: Captured) -> tuple[Tensor, ...]:
+    """Of `rows` and what was captured, [n] float64 each.
+
+    The shares of other ids and of other first ids; then how far logsumexp and the token that follows are apart.
+    """
     ids, logsumexp = own.target_ids.cpu(), own.logsumexp.cpu()
     both = torch.cat([rows.ids, ids], dim=1).sort(dim=1).values  # in each of the two an id is there once
     same = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(dim=1)
     most = torch.maximum((rows.ids >= 0).sum(dim=1), (ids >= 0).sum(dim=1))
     first = rows.ids[:, 0] != ids[:, 0]
-    return 1 - same.double() / most, first.double(), (rows.logsumexp - logsumexp).abs().amax(dim=1).double()
+    apart = (rows.following.double() - own.next_logprob.cpu().double()).abs().nan_to_num(0.0, posinf=torch.inf)
+    return 1 - same.double() / most, first.double(), (rows.logsumexp - logsumexp).abs().amax(dim=1).double(), apart
 
 
 def _figures(parts: Sequence[Tensor]) -> Figures:
-    divergence, kept, first, logsumexp = torch.cat(list(parts)).numpy().T
+    divergence, kept, first, logsumexp, following = torch.cat(list(parts)).numpy().T
     return Figures(
         mean=float(divergence.mean()),
         high=float(np.quantile(divergence, 0.99)),
@@ -301,4 +321,5 @@ def _figures(parts: Sequence[Tensor]) -> Figures:
         kept=float(kept.mean()),
         first=float(first.mean()),
         logsumexp=float(logsumexp.max()),
+        following=float(following.max()),
     )

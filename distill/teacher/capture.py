@@ -111,6 +111,12 @@ def round_logprobs(logprobs: NDArray[np.float32]) -> NDArray[np.float16]:
     return np.where(np.isfinite(halves), rounded, halves)
 
 
+def as_float16(logprobs: NDArray[np.float32]) -> NDArray[np.float16]:
+    """The nearest float16, without further rounding. What rounding of float32 has put above 0 is 0."""
+    with np.errstate(over="ignore"):  # beyond float16's range: -inf
+        return np.minimum(logprobs, 0).astype(np.float16)
+
+
 def logit_of(logits: Tensor, ids: Tensor, none: Tensor) -> Tensor:
     """[N]: of logits [N, W] those of `ids` [N]; -inf where the id is not among them, nan where there is `none`."""
     here = (ids >= 0) & (ids < logits.shape[1])

@@ -36,12 +36,23 @@ class Choice:
         """k: the most ids of a row. more: another k to compare as a sample."""
         self.method = method
         self._ks = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
-        self.rows = 0
-        self._mass, self._entropy, self._ids = np.zeros(len(self._ks)), 0.0, 0.0
+        self.rows = self._targets = 0
+        self._mass, self._entropy, self._ids, self._nll = np.zeros(len(self._ks)), 0.0, 0.0, 0.0
         self._sampled = {n: 0.0 for n in sorted({*_SAMPLED, more}) if 1 < n <= k}
 
-    def add(self, ids: NDArray[np.integer], logprobs: NDArray[np.floating], tail: NDArray[np.floating]) -> None:
-        """Rows as a store has them: target_ids and target_logprobs [N, K], and tail_logprob at temperature 1 [N]."""
+    def add(
+        self,
+        ids: NDArray[np.integer],
+        logprobs: NDArray[np.floating],
+        tail: NDArray[np.floating],
+        following: NDArray[np.floating],
+    ) -> None:
+        """Rows as a store has them: target_ids and target_logprobs [N, K], and tail_logprob at temperature 1 [N].
+
+        following: [N], next_logprob; nan where no token follows, or one that is not learned from
+        """
+        known = following[~np.isnan(following)].astype(np.float64)
+        self._nll, self._targets = self._nll - float(known.sum()), self._targets + len(known)
         p = np.nan_to_num(np.exp(logprobs.astype(np.float64)), nan=0.0)
         rest, num_ids = np.exp(tail.astype(np.float64)), (ids >= 0).sum(axis=1)
         num_drawn = np.isnan(logprobs).sum(axis=1) - (ids < 0).sum(axis=1)
@@ -70,6 +81,8 @@ class Choice:
         }
         if self.method == "sample":
             found["ids"] = f"{self._ids / self.rows:.1f} on average"
+        if self._targets:
+            found["teacher perplexity"] = f"{math.exp(min(self._nll / self._targets, 700)):.2f}"
         costs = {k: self.expected_ids("sample", k) for k in self._sampled}
         if costs:
             found["sampled with k"] = "; ".join(
@@ -89,10 +102,16 @@ class Choice:
         pieces = len(there) * per_block
         for i in range(0, pieces, -(-pieces // _PIECES) or 1):
             start = (int(there[i // per_block]) * per_block + i % per_block) * size
-            rows = store.read_arrays(("target_ids", "target_logprobs", "tail_logprob"), start, start + size)
+            names = {"target_ids", "target_logprobs", "tail_logprob", "next_logprob", "loss_mask"} & {
+                *store.array_names()
+            }
+            rows = store.read_arrays([*names], start, start + size)
             tail = rows["tail_logprob"][:, column]
             used = ~np.isnan(tail)
-            found.add(rows["target_ids"][used], rows["target_logprobs"][used], tail[used])
+            following = rows.get("next_logprob", np.full(size, np.nan, np.float16))
+            if "loss_mask" in rows:
+                following = np.where(rows["loss_mask"], following, np.nan)
+            found.add(rows["target_ids"][used], rows["target_logprobs"][used], tail[used], following[used])
         return found
 
 

@@ -239,7 +239,7 @@ def plan_store(
             "tokenizer": source.vocabulary,
             "versions": {"distill": __version__, "python": platform.python_version(), **versions},
         },
-        masked=samples.has_loss_mask,
+        planned=samples.columns,
         codec=config.store.codec,
     )
     table, blocks = _contents(samples, order, layout)
@@ -270,7 +270,7 @@ def replan(store: WritableStore, samples: Samples, order: NDArray[Any], layout: 
 def _contents(
     samples: Samples, order: NDArray[Any], layout: plan.Plan
 ) -> tuple[dict[str, NDArray[Any]], Callable[[], Iterator[dict[str, NDArray[Any]]]]]:
-    """What the plan writes: the arrays over samples, and tokens and perhaps loss_mask, block by block."""
+    """What the plan writes: the arrays over samples, and the planned ones over rows, block by block."""
 
     def blocks() -> Iterator[dict[str, NDArray[Any]]]:
         for block in range(layout.num_blocks):

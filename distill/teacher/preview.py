@@ -90,5 +90,6 @@ def _measured(
             captured = teacher.capture([samples[i] for i in batch], settings, np.zeros(int(lengths[batch].sum())))
             assert captured is not None
             tail = captured.tail_logprob[:, 0].numpy()
-            found.add(captured.target_ids.numpy(), captured.target_logprobs.numpy(), tail)
+            kept = captured.target_ids.numpy(), captured.target_logprobs.numpy()
+            found.add(*kept, tail, captured.next_logprob.numpy())
     return found

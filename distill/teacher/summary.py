@@ -1,7 +1,5 @@
 """A store in words: how large it is, what it keeps, how fast it came."""
 
-import math
-
 from distill.config import GenerateConfig
 from distill.store.store import Store
 from distill.teacher.choice import Choice
@@ -22,10 +20,7 @@ def summary(store: Store, config: GenerateConfig, totals: Totals | None = None) 
         **Choice.of(store).lines(found["vocab_size"], config.store.codec),
     }
     if totals is not None and totals.tokens:
-        part = "" if totals.tokens == found["num_tokens"] else f" (of the {totals.tokens:,} tokens of this run)"
         lines["speed"] = f"{totals.tokens / totals.seconds:,.0f} tokens/s"
-        if totals.targets:
-            lines["teacher perplexity"] = f"{math.exp(totals.nll / totals.targets):.2f}{part}"
     lines |= {
         "store": store.path,
         "logs": config.log_dir,

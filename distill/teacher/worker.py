@@ -20,9 +20,8 @@ from distill.data.plan import batches
 from distill.errors import NumericalError
 from distill.run.board import Board
 from distill.run.watch import Watch
-from distill.store.schema import CAPTURED
 from distill.store.writable import WritableStore
-from distill.teacher.capture import Captured, round_logprobs
+from distill.teacher.capture import Captured, as_float16, round_logprobs
 from distill.teacher.model import Teacher
 from distill.teacher.sample import uniforms
 
@@ -33,24 +32,17 @@ logger = logging.getLogger(__name__)
 class Totals:
     """What was done in this run, by one worker or by all.
 
-    seconds: of the slowest worker. nll, targets: the sum of -log p of the tokens that follow, and their number.
+    seconds: of the slowest worker
     """
 
     tokens: int = 0
     seconds: float = 0.0
-    nll: float = 0.0
-    targets: int = 0
 
     @classmethod
     def add_up(cls, parts: Sequence[str]) -> "Totals":
         """The totals of all workers, from their JSON."""
         found = [cls(**json.loads(part)) for part in parts]
-        return cls(
-            tokens=sum(part.tokens for part in found),
-            seconds=max(part.seconds for part in found),
-            nll=sum(part.nll for part in found),
-            targets=sum(part.targets for part in found),
-        )
+        return cls(sum(part.tokens for part in found), max(part.seconds for part in found))
 
 
 class Worker:
@@ -108,6 +100,7 @@ class Worker:
             "target_logprobs": np.full((ends[-1], k), np.nan, np.float16),
             "logsumexp": np.full((ends[-1], num_temperatures), np.nan, np.float32),
             "tail_logprob": np.full((ends[-1], num_temperatures), np.nan, np.float16),
+            "next_logprob": np.full(ends[-1], np.nan, np.float16),
         }
         for batch in batches(lengths, self._config.batch.max_tokens, self._teacher.rope_switch):
             self._watch.beat()
@@ -121,10 +114,8 @@ class Worker:
             arrays["target_logprobs"][at] = round_logprobs(captured.target_logprobs.numpy())
             arrays["logsumexp"][at] = captured.logsumexp.numpy()
             arrays["tail_logprob"][at] = round_logprobs(captured.tail_logprob.numpy())
-            known = captured.next_logprob[~captured.next_logprob.isnan()].double()
+            arrays["next_logprob"][at] = as_float16(captured.next_logprob.numpy())
             self.totals.tokens += len(at)
-            self.totals.nll -= known.sum().item()
-            self.totals.targets += len(known)
             self._board.add("tokens", len(at))
         return arrays
 
@@ -144,10 +135,10 @@ class Worker:
 
     def _write(self, block: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Write the block's arrays, then its commit."""
-        for name in CAPTURED:
+        for name in self._store.captured:
             self._store.write_rows(name, block, arrays[name])
         num_rows = len(arrays["target_ids"])  # samples follow each other without gaps
         self._store.commit(block, num_rows)
         self._board.add("tokens written", num_rows)
-        self._board.add("bytes written", self._store.block_bytes(block, [*CAPTURED, "tokens"]))
+        self._board.add("bytes written", self._store.block_bytes(block, [*self._store.captured, "tokens"]))
         logger.info("block %d is committed: %d rows", block, num_rows, extra={"console": False})

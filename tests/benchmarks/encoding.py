@@ -110,7 +110,7 @@ def write_store(folder: Path, method: str, codec: str, values: dict[str, Array])
     k, num_blocks = values["target_ids"].shape[1], len(values["tokens"]) // BLOCK_ROWS
     attributes = ATTRIBUTES | {"method": method, "k": k, "num_blocks": num_blocks}
     attributes |= {"num_samples": num_blocks, "num_tokens": len(values["tokens"]), "config": {}}
-    store = WritableStore.create(str(folder / "x.zarr"), {}, attributes, masked=False, codec=codec)
+    store = WritableStore.create(str(folder / "x.zarr"), {}, attributes, planned=["tokens"], codec=codec)
     store.write_all("sample_start", np.arange(num_blocks) * BLOCK_ROWS)
     store.write_all("sample_length", np.full(num_blocks, BLOCK_ROWS, np.int32))
     store.write_all("sample_index", np.arange(num_blocks))

@@ -60,7 +60,9 @@ def store_bytes(tokens: NDArray[np.int32], rows: Arrays, method: Method, length:
         "num_tokens": len(tokens),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        store = WritableStore.create(str(Path(scratch) / "rows.zarr"), {}, attributes, masked=False, codec="compact")
+        store = WritableStore.create(
+            str(Path(scratch) / "rows.zarr"), {}, attributes, planned=["tokens"], codec="compact"
+        )
         store.write_all("sample_start", np.arange(num_samples) * length)
         store.write_all("sample_length", np.full(num_samples, length))
         store.write_all("sample_index", np.arange(num_samples))

@@ -83,7 +83,7 @@ def write_store(path: Path, block_rows: int) -> list[Rows]:
             "num_blocks": layout.num_blocks,
             "num_samples": len(layout.lengths),
         },
-        masked=False,
+        planned=["tokens"],
         codec="portable",
     )
     store.write_all("sample_start", layout.starts)

@@ -111,7 +111,7 @@ def test_an_epoch_makes_no_array_as_long_as_the_samples() -> None:
 def planned(path: Path, lengths: Any, block_rows: int, trained: Any = None) -> Any:
     """A store that says that it is complete, with a sample table and perhaps a loss mask; where its samples start."""
     layout = lay_out(lengths, block_rows)
-    store = planned_store(path, layout, masked=trained is not None)
+    store = planned_store(path, layout, planned=["tokens", *(["loss_mask"] if trained is not None else [])])
     if trained is not None:
         for block in range(layout.num_blocks):
             here = np.zeros(block_rows, bool)

@@ -12,7 +12,7 @@ from zarr.codecs.numcodecs import PCodec
 from distill.store.schema import CAPTURED, ArraySpec
 from distill.store.store import Store
 from distill.store.writable import WritableStore
-from distill.teacher.capture import round_logprobs
+from distill.teacher.capture import as_float16, round_logprobs
 from tests.captured import sample, topk
 from tests.store.test_store import create, fill, values
 
@@ -34,6 +34,7 @@ def of_before(spec: ArraySpec, method: str, codec: str) -> dict[str, Any]:
 def test_a_store_of_before_is_read_and_completed(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its zarr.json says how, whatever is written today."""
     monkeypatch.setattr("distill.store.codecs._pipeline", of_before)
+    monkeypatch.setattr("distill.store.writable.CAPTURED", CAPTURED[:-1])  # without next_logprob
     store = create(tmp_path / "x.zarr", codec)
     fill(store, 0)
     monkeypatch.undo()
@@ -46,6 +47,7 @@ def test_a_store_of_before_is_read_and_completed(codec: str, tmp_path: Path, mon
     for block in (1, 2):
         fill(again, block)
     again.mark_complete()
+    assert "next_logprob" not in again.array_names()
     complete = Store.existing(str(tmp_path / "x.zarr"), {})
     for block in range(3):
         rows = block * 32, block * 32 + 20
@@ -59,14 +61,15 @@ def rows_of(method: str, num_rows: int) -> dict[str, Any]:
     torch.manual_seed(0)
     usual = -1.1 * torch.arange(1, 5001).log()[torch.randperm(5000)]  # how often words come
     logits = (usual + 2 * torch.randn(num_rows, 5000)) * (0.5 + 2 * torch.rand(num_rows, 1))
-    nothing = torch.full((num_rows,), -1)
+    following = logits.softmax(dim=1).multinomial(1)[:, 0]
     u = torch.rand(num_rows, dtype=torch.float64)
-    found = topk(logits, 24, [1.0], nothing) if method == "topk" else sample(logits, 24, u)
+    found = topk(logits, 24, [1.0], following) if method == "topk" else sample(logits, 24, u, following)
     return {
         "target_ids": found.target_ids.numpy(),
         "target_logprobs": round_logprobs(found.target_logprobs.numpy()),
         "logsumexp": found.logsumexp.numpy(),
         "tail_logprob": round_logprobs(found.tail_logprob.numpy()),
+        "next_logprob": as_float16(found.next_logprob.numpy()),
     }
 
 
@@ -82,7 +85,7 @@ def test_rows_come_back_and_are_smaller_than_before(
     for when in ("today", "before"):
         if when == "before":
             monkeypatch.setattr("distill.store.codecs._pipeline", of_before)
-        store = WritableStore.create(str(tmp_path / when), {}, attributes, masked=False, codec=codec)
+        store = WritableStore.create(str(tmp_path / when), {}, attributes, planned=["tokens"], codec=codec)
         for name in CAPTURED:
             store.write_rows(name, 0, rows[name])
             np.testing.assert_array_equal(store._arrays[name][:], rows[name])

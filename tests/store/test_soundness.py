@@ -12,7 +12,7 @@ import torch
 
 from distill.store.soundness import BlockCheck
 from distill.store.writable import WritableStore
-from distill.teacher.capture import round_logprobs
+from distill.teacher.capture import as_float16, round_logprobs
 from distill.teacher.sample import uniforms
 from distill.verify import main
 from tests.captured import sample
@@ -41,11 +41,14 @@ def made_up() -> Rows:
     ids = np.argsort(-logprobs, axis=1)[:, :5]
     kept = np.take_along_axis(logprobs, ids, axis=1)
     tail = np.log1p(-np.exp(kept).sum(axis=1, keepdims=True))
+    following = np.append(logprobs[np.arange(19), np.arange(1, 20)], np.nan)
+    following[9] = np.nan  # two samples of 10 tokens; token t is t
     return {
         "target_ids": ids.astype(np.int32),
         "target_logprobs": round_logprobs(kept.astype(np.float32)),
         "logsumexp": np.ones((20, 2), np.float32),
         "tail_logprob": round_logprobs(np.concatenate([tail - 1, tail], axis=1).astype(np.float32)),
+        "next_logprob": following.astype(np.float16),
     }
 
 
@@ -53,12 +56,15 @@ def made_up_sample() -> Rows:
     """The same of a store of samples: 20 rows over 50 ids, at most 5 of them kept or drawn, one row certain."""
     logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * 3
     logits[4, 9] += 60
-    found = sample(logits, 5, torch.from_numpy(uniforms(0, 0, 20)))
+    following = torch.arange(1, 21)
+    following[[9, 19]] = -1
+    found = sample(logits, 5, torch.from_numpy(uniforms(0, 0, 20)), following)
     return {
         "target_ids": found.target_ids.numpy(),
         "target_logprobs": round_logprobs(found.target_logprobs.numpy()),
         "logsumexp": found.logsumexp.numpy(),
         "tail_logprob": round_logprobs(found.tail_logprob.numpy()),
+        "next_logprob": as_float16(found.next_logprob.numpy()),
     }
 
 
@@ -67,7 +73,7 @@ def write(
 ) -> Path:
     """A complete store of 4 blocks, with these `rows` and `tokens` in one of them, and `whole` in the others."""
     method: Rows = {"method": "sample", "temperatures": [1.0]} if rows["tail_logprob"].shape[1] == 1 else {}
-    store = WritableStore.create(str(path), {}, ATTRIBUTES | method, masked=False, codec="portable")
+    store = WritableStore.create(str(path), {}, ATTRIBUTES | method, planned=["tokens"], codec="portable")
     store.write_all("sample_start", np.array([0, 10, 32, 42, 64, 74, 96, 106]))
     store.write_all("sample_length", np.full(8, 10, np.int32) if lengths is None else np.array(lengths, np.int32))
     store.write_all("sample_index", np.arange(8))
@@ -112,6 +118,12 @@ RULES = {
     "tail_logprob: a log-probability is above 0": changed("tail_logprob", (19, 0), 0.01),
     "tail_logprob: .* no number": changed("tail_logprob", (19, 1), np.nan),
     "logsumexp: not finite": changed("logsumexp", (3, 1), np.inf),
+    "next_logprob: a log-probability is above 0": changed("next_logprob", 3, 0.01),
+    "next_logprob: one where no token follows": changed("next_logprob", 9, -1),
+    "next_logprob: .* none where one does": changed("next_logprob", 3, np.nan),
+    "next_logprob: not what target_logprobs and tail": lambda rows: changed(
+        "next_logprob", slice(0, 9), np.roll(rows["next_logprob"][:9], 1)
+    )(rows),
     "the probabilities do not add up to 1": lambda rows: rows["tail_logprob"].__isub__(np.float16(0.25)),
 }
 
@@ -221,7 +233,7 @@ def test_what_cannot_be_repaired_is_said(tmp_path: Path, capsys: pytest.CaptureF
     assert files[0].read_text() == before[0]
     for arguments in (["--repare", str(path)], [str(path), "--repair", "--teacher"]):
         assert main(arguments) == 2
-    WritableStore.create(str(tmp_path / "begun"), {}, ATTRIBUTES, masked=False, codec="portable")
+    WritableStore.create(str(tmp_path / "begun"), {}, ATTRIBUTES, planned=["tokens"], codec="portable")
     assert main([str(tmp_path / "begun")]) == 1
     assert "its plan was interrupted; run distill.generate again" in capsys.readouterr().out
     for arguments, message in (([], "expected one store, found 0"), ([str(tmp_path / "nothing")], "found no store at")):

@@ -20,7 +20,7 @@ ATTRIBUTES |= {"fingerprint": "made up"}
 def create(path, codec="portable", publish=True, options=None, method="topk"):
     """A store of 3 blocks of 32 rows, 20 of them in use."""
     attributes = ATTRIBUTES | {"method": method}
-    store = WritableStore.create(str(path), options or {}, attributes, masked=True, codec=codec)
+    store = WritableStore.create(str(path), options or {}, attributes, planned=["tokens", "loss_mask"], codec=codec)
     store.write_all("sample_start", np.array([0, 10, 32, 42, 64, 70, 74]))
     store.write_all("sample_length", np.array([10, 10, 10, 10, 6, 4, 10], np.int32))
     store.write_all("sample_index", np.arange(7))
@@ -37,6 +37,8 @@ def fill(store, block):
     store.write_rows("target_logprobs", block, values() - block)
     store.write_rows("logsumexp", block, np.ones((20, 2), np.float32))
     store.write_rows("tail_logprob", block, np.full((20, 2), -3, np.float16))
+    if "next_logprob" in store.captured:  # not of a store of before
+        store.write_rows("next_logprob", block, np.full(20, -2, np.float16))
     store.commit(block, 20)
 
 

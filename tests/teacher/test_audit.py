@@ -182,17 +182,18 @@ def test_a_store_without_a_block_has_nothing_to_compare(made: Path, tmp_path: Pa
 
 
 def test_the_verdict_follows_from_the_figures() -> None:
-    shapes = Figures(1e-4, 1e-3, 1e-2, 0.001, 0.0, 1e-5)
+    shapes = Figures(1e-4, 1e-3, 1e-2, 0.001, 0.0, 1e-5, 1e-3)
     for store, ok in (
         (shapes, True),
-        (Figures(2.9e-4, 2.9e-3, 99.0, 0.01, 0.009, 0.01), True),
-        (Figures(3.2e-4, 1e-3, 1e-2, 0.001, 0.0, 1e-5), False),
-        (Figures(1e-4, 3.2e-3, 1e-2, 0.001, 0.0, 1e-5), False),
-        (Figures(1e-4, 1e-3, 1e-2, 0.02, 0.0, 1e-5), False),
-        (Figures(1e-4, 1e-3, 1e-2, 0.001, 0.011, 1e-5), False),
-        (Figures(1e-4, 1e-3, 1e-2, 0.001, 0.0, 0.02), False),
-        (Figures(np.nan, 1e-3, 1e-2, 0.001, 0.0, 1e-5), False),
-        (Figures(1e-4, 1e-3, np.nan, 0.001, 0.0, 1e-5), False),
+        (Figures(2.9e-4, 2.9e-3, 99.0, 0.01, 0.009, 0.01, 1e-3), True),
+        (Figures(3.2e-4, 1e-3, 1e-2, 0.001, 0.0, 1e-5, 1e-3), False),
+        (Figures(1e-4, 3.2e-3, 1e-2, 0.001, 0.0, 1e-5, 1e-3), False),
+        (Figures(1e-4, 1e-3, 1e-2, 0.02, 0.0, 1e-5, 1e-3), False),
+        (Figures(1e-4, 1e-3, 1e-2, 0.001, 0.011, 1e-5, 1e-3), False),
+        (Figures(1e-4, 1e-3, 1e-2, 0.001, 0.0, 0.02, 1e-3), False),
+        (Figures(1e-4, 1e-3, 1e-2, 0.001, 0.0, 1e-5, 0.02), False),
+        (Figures(np.nan, 1e-3, 1e-2, 0.001, 0.0, 1e-5, 1e-3), False),
+        (Figures(1e-4, 1e-3, np.nan, 0.001, 0.0, 1e-5, 1e-3), False),
     ):
         found = Audit("m", [], 1, 2, 3, store, shapes)
         assert found.ok == ok

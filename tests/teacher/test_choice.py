@@ -15,8 +15,9 @@ from tests.captured import sample, topk
 N, V, K = 400, 300, 32
 
 
-def rows(found: Captured) -> tuple[Any, Any, Any]:
-    return found.target_ids.numpy(), found.target_logprobs.numpy(), found.tail_logprob[:, 0].numpy()
+def rows(found: Captured) -> tuple[Any, Any, Any, Any]:
+    kept = found.target_ids.numpy(), found.target_logprobs.numpy()
+    return *kept, found.tail_logprob[:, 0].numpy(), found.next_logprob.numpy()
 
 
 def numbers(text: str) -> list[float]:
@@ -34,11 +35,14 @@ def test_the_figures_are_those_of_dense_distributions() -> None:
 
     best = Choice(K, more=20)
     for part in logits.split(150):  # as they come
-        best.add(*rows(topk(part.clone(), K, [1.0], torch.full((len(part),), -1))))
+        following = torch.where(torch.arange(len(part)) % 10 > 0, 7, -1)
+        best.add(*rows(topk(part.clone(), K, [1.0], following)))
     lines = best.lines(49152, "portable")
     assert lines["mass of the top"].startswith("1: 0.")
     assert numbers(lines["mass of the top"]) == pytest.approx(mass[[0, 1, 3, 7, 15, 31]].tolist(), abs=0.006)
     assert entropy - 0.3 < numbers(lines["entropy"].removeprefix("at least "))[0] <= entropy
+    nll = -p[:, 7].log()[torch.arange(N) % 150 % 10 > 0].mean()
+    assert numbers(lines["teacher perplexity"])[0] == pytest.approx(float(nll.exp()), abs=0.006)
     for k, size in sizes.items():
         assert best.expected_ids("sample", k) == pytest.approx(float(size), abs=1e-9)
         assert f"{k}: {size:.1f} ids, " in lines["sampled with k"]
@@ -47,6 +51,7 @@ def test_the_figures_are_those_of_dense_distributions() -> None:
     drawn = Choice(K, "sample")
     drawn.add(*rows(sample(logits.clone(), K, u)))
     told = drawn.lines(49152, "portable")
+    assert "teacher perplexity" not in told  # no token followed
     assert told["ids"] == f"{sizes[32]:.1f} on average"
     for k in (8, 16, 32):
         assert drawn.expected_ids("sample", k) == pytest.approx(float(sizes[k]), abs=1e-9)
@@ -59,7 +64,7 @@ def test_the_figures_are_those_of_dense_distributions() -> None:
 def test_nothing_is_said_of_nothing() -> None:
     assert Choice(8).lines(100, "portable") == {}
     one = Choice(1)
-    one.add(np.array([[3]]), np.array([[-0.5]]), np.array([np.log(1 - np.exp(-0.5))]))
+    one.add(np.array([[3]]), np.array([[-0.5]]), np.array([np.log(1 - np.exp(-0.5))]), np.array([np.nan]))
     assert one.lines(100, "portable")["mass of the top"] == "1: 0.61"
     assert "sampled with k" not in one.lines(100, "portable")
 
@@ -80,10 +85,11 @@ def test_a_large_store_is_read_in_pieces(blocks: int, per_block: int) -> None:
         found = {"target_logprobs": logprobs, "tail_logprob": np.stack([np.zeros(4), tail], axis=1)}
         return found | {"target_ids": np.tile([3, 4], (4, 1))}
 
+    names = ["target_ids", "target_logprobs", "tail_logprob"]  # of a store of before
     attributes = {"temperatures": [2.0, 1.0], "k": 2, "method": "topk"}
     store: Any = SimpleNamespace(
         attributes=attributes, inner_rows=4, block_rows=4 * per_block, committed=lambda: committed,
-        read_arrays=read_arrays,
+        read_arrays=read_arrays, array_names=lambda: names,
     )  # fmt: skip
     found = Choice.of(store)
     there = np.flatnonzero(committed)
