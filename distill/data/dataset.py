@@ -4,6 +4,7 @@ Local files are read by files.py. The library `datasets` reads what it has saved
 """
 
 import glob
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,8 @@ def find(config: DatasetConfig) -> Data:
         return Data(config, kept)
     elif path.is_dir():
         found = _matching(patterns, path) if config.data_files is not None else _in_folder(config, notes)
+        if config.data_files is None:
+            _check_rollouts(path, found)
     elif glob.has_magic(config.path) and "://" not in config.path:
         found = _matching([config.path], Path())
     elif config.path.startswith(("/", "./", "../", "~")) or kind(path) is not None:
@@ -163,6 +166,20 @@ def find(config: DatasetConfig) -> Data:
         key = "path" if path.is_file() else "data_files"
         raise DataError(f"dataset.{key}: expected files named {kinds()}, found {unknown[0].name}")
     return Data(config, found, notes)
+
+
+def _check_rollouts(folder: Path, found: Sequence[Path]) -> None:
+    """Raise DataError where a folder of distill.rollout has fewer parts than it is to have; others are no matter."""
+    try:
+        expected = int(json.loads((folder / "rollouts.json").read_text())["parts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    there = sum(file.name.startswith("part_") for file in found)
+    if there != expected:
+        raise DataError(
+            f"dataset.path: expected {expected} parts of rollouts in {folder}, found {there}: run distill.rollout again "
+            "to its end, or name the parts to read with dataset.data_files"
+        )
 
 
 def template_of(file: str) -> str:

@@ -58,21 +58,27 @@ class Tokens(Form):
         if not ids:
             return Encoded([], dropped=empty(row, self.columns))
         trained = self._trained(row, ids, where) if self._mask else None
-        logprobs = self._logprobs(row, ids, trained, where)
-        attended = row.get("attention_mask")
+        attended, kept = row.get("attention_mask"), slice(0, len(ids))
         if attended is not None and not all(attended):  # padding, which is at one end
             self._expect_length(attended, ids, "attention_mask", where)
             there = [i for i, one in enumerate(attended) if one]
             kept = slice(there[0], there[-1] + 1) if there else slice(0)
             if len(there) != len(attended[kept]):
                 raise DataError(f"dataset: expected an attention_mask of ones between padding in {where}, found others")
-            ids, trained, logprobs = ids[kept], trained and trained[kept], logprobs and logprobs[kept]
-            if not ids:
+            if not there:
                 return Encoded([], dropped="empty")
-        return Encoded(ids, trained, logprobs=logprobs)
+        if trained is not None and not any(trained[kept]):
+            raise DataError(f"dataset: expected a token to train on in {self._mask!r} of {where}, found none")
+        logprobs = self._logprobs(row, ids, trained, where, kept.start)
+        return Encoded(ids[kept], trained and trained[kept], logprobs=logprobs and logprobs[kept])
 
-    def _logprobs(self, row: Row, ids: list[int], trained: list[bool] | None, where: str) -> list[float] | None:
-        """Of each token, nan where it is not trained on: from one for each of them, or for each that is trained on."""
+    def _logprobs(
+        self, row: Row, ids: list[int], trained: list[bool] | None, where: str, first: int = 0
+    ) -> list[float] | None:
+        """Of each token, nan where it is not trained on: from one for each of them, or for each that is trained on.
+
+        first: the number of the first token, which follows nothing
+        """
         if not self.sampled:
             return None
         found = row.get("logprobs")
@@ -84,7 +90,7 @@ class Tokens(Form):
         entries = dict(zip(at if len(found) == len(at) else range(len(ids)), found, strict=True))
         logprobs = [math.nan] * len(ids)
         for i in at:
-            if i > 0:  # nothing comes before the first one
+            if i > first:
                 logprobs[i] = _logprob(entries[i], ids[i], f"token {i} of {where}")
         return logprobs
 

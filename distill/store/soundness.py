@@ -241,7 +241,7 @@ def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
             ),
         }
         if "next_logprob" in rows:
-            rules |= _rules_of_next(rows, logprobs, whole[:, -1])
+            rules |= _rules_of_next(rows, logprobs, whole[:, -1], vocab_size)
     if "sampled_logprob" in rows:
         rules["sampled_logprob: a log-probability is above 0, or after the end"] = (rows["sampled_logprob"] > 0) | (
             rows["last"] & ~np.isnan(rows["sampled_logprob"])
@@ -250,7 +250,7 @@ def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
 
 
 def _rules_of_next(
-    rows: Mapping[str, NDArray[Any]], logprobs: NDArray[np.float64], tail: NDArray[np.float64]
+    rows: Mapping[str, NDArray[Any]], logprobs: NDArray[np.float64], tail: NDArray[np.float64], vocab_size: int
 ) -> dict[str, NDArray[np.bool_]]:
     """What the log-probability of the token that follows cannot be. logprobs, tail: at temperature 1, -inf for none."""
     found, last = rows["next_logprob"].astype(np.float64), rows["last"]
@@ -261,7 +261,7 @@ def _rules_of_next(
     if "tokens" in rows:
         following = np.append(rows["tokens"][1:], -1)
         kept = (rows["target_ids"] == following[:, None]) & np.isfinite(logprobs)
-        known, is_kept = ~last & ~np.isnan(found) & (np.arange(len(last)) < len(last) - 1), kept.any(axis=1)
+        known, is_kept = ~last & (following >= 0) & (following < vocab_size), kept.any(axis=1)
         expected = np.where(is_kept, np.where(kept, logprobs, 0).sum(axis=1), tail)
         above = found - expected > 1e-3 + _ROUNDING * np.clip(-expected, 0, 1e3)
         below = is_kept & (expected - found > 1e-3 + _ROUNDING * np.clip(-found, 0, 1e3))

@@ -1,6 +1,8 @@
 """What becomes of every form of data, in tokens and mask: «what is trained on» is shown by its marks."""
 
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -179,6 +181,45 @@ def test_no_token_lies_in_both_prompt_and_completion(tmp_path):
     assert samples.take([0])["loss_mask"].tolist() == [True, True, True, False]
 
 
+def logprobs(*rows: dict[str, Any], path: Path) -> list[list[float]]:
+    """What becomes of a column `logprobs`, of each sample."""
+    samples = run(f"dataset.path={write(path, list(rows))}", "dataset.max_length=4", tokenizer=tokenizer())
+    assert samples.columns[-1] == "sampled_logprob"
+    return [samples.take([i])["sampled_logprob"].tolist() for i in range(len(samples.lengths))]
+
+
+NAN = pytest.approx(math.nan, nan_ok=True)
+
+
+def test_log_probabilities_move_with_their_tokens(tmp_path):
+    """Row t is about token t + 1, and only a token that is trained on has one; a shift by one would be seen."""
+    apart = {"prompt_ids": [1, 96], "completion_ids": [98, 97]}
+    forms = [
+        [-0.5, -2],  # ours, TRL's
+        [None, None, -0.5, -2],
+        [[-0.5, 98, None], [-2, 97, "|"]],  # SGLang's
+        [{"98": {"logprob": -0.5, "rank": 2}, "5": {"logprob": -0.1}}, {"97": {"logprob": -2}}],  # vLLM's
+        [{"token": "}", "logprob": -0.5}, {"token": "|", "logprob": -2}],  # OpenAI's
+    ]
+    expected = [NAN, -0.5, -2, NAN]
+    assert logprobs(*({**apart, "logprobs": form} for form in forms), path=tmp_path / "x.jsonl") == [expected] * 5
+    masked = {"input_ids": [1, 96, 98, 97, 99], "labels": [-100, 96, -100, 97, 99]}
+    found = logprobs(
+        {**masked, "logprobs": [-9, -1, -3, -0.25, -7]},
+        {**masked, "logprobs": [-1, -0.25, -7]},
+        path=tmp_path / "y.jsonl",
+    )
+    assert found == [[-1, NAN, -0.25, NAN]] * 2  # cut at 4 tokens
+    padded = {"input_ids": [0, 1, 96, 98], "attention_mask": [0, 1, 1, 1], "logprobs": [None, None, -1, 1e-6]}
+    assert logprobs(padded, path=tmp_path / "z.jsonl") == [[-1, 0, NAN]]
+    rows = [{**apart, "logprobs": [-1, -2]}, apart]
+    with pytest.raises(DataError, match="2 entries, or 4, in 'logprobs' of example 1, one for each token, found None"):
+        run(f"dataset.path={write(tmp_path / 'late.jsonl', rows)}", tokenizer=tokenizer())
+    rows = [*[apart] * 120, rows[0]]
+    with pytest.raises(DataError, match=r"columns of the first examples, found 'logprobs' too in ex.* 120"):
+        run(f"dataset.path={write(tmp_path / 'later.jsonl', rows)}", tokenizer=tokenizer())
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no chat": ({"messages": "hello"}, "in 'messages' of example 1, found 'hello'"),
     "no role": ({"messages": [{"content": "x"}]}, "found no role in 'messages' of example 1, message 0"),
@@ -191,6 +232,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "shifted labels": ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "found 2 beside 1 at position 0 of example 1"),
     "no mask": ({"input_ids": [1, 2], "loss_mask": [0.5, 1]}, "expected zeros and ones in 'loss_mask' of example 1"),
     "beyond": ({"input_ids": [1, 2], "prompt_length": 3}, "expected a prompt_length of 0 to 2 in example 1"),
+    "all masked": ({"input_ids": [1, 2], "loss_mask": [0, 0]}, "a token to train on in 'loss_mask' of example 1"),
+    "few logprobs": ({"input_ids": [1, 2], "labels": [1, 2], "logprobs": [0]}, "2 entries in 'logprobs' of .* 1, .* 1"),
+    "many logprobs": (
+        {"prompt_ids": [1, 2], "completion_ids": [3], "logprobs": [0, 0]}, "1 entries, or 3, in 'logprobs' .* found 2"
+    ),
+    "no logprob": (
+        {"prompt_ids": [1, 2], "completion_ids": [3], "logprobs": [None]}, "'logprobs' at token 2 of example 1 .id 3."
+    ),
+    "a probability": (
+        {"prompt_ids": [1, 2], "completion_ids": [3], "logprobs": [0.5]}, "a log-probability .* token 2 of example 1"
+    ),
+    "of another token": (
+        {"prompt_ids": [1, 2], "completion_ids": [3, 4], "logprobs": [[-1, 3, None], [-1, 3, None]]},
+        "a log-probability in 'logprobs' at token 3 of example 1 .id 4., found",
+    ),
     "a hole": ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "ones between padding in example 1"),
     "half a character": (
         {"messages": [{"role": "user", "content": "a\ud83d"}, CHAT[1]]},
@@ -205,6 +261,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_examples_are_named(tmp_path, name):
     row, message = BAD[name]
     good: dict[str, Any] = {"messages": CHAT, "prompt": "a", "completion": "b", "input_ids": [1, 2], "labels": [1, 2]}
+    good |= {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-1, -1][: 2 - ("prompt_ids" in row)]}
     good |= {"loss_mask": [0, 1], "prompt_length": 1, "attention_mask": [1, 1]}
     good |= {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "tools": None}
     path = write(tmp_path / "x.jsonl", [{column: good[column] for column in row}, row])

@@ -39,6 +39,9 @@ def check(store: Path, model: Any, samples: int) -> None:
         found = arrays["target_logprobs"][rows].astype(np.float64)
         np.testing.assert_allclose(found, expected, rtol=2**-7 + 2**-10, atol=1e-4)
         assert (np.diff(found, axis=1) <= 0).all()
+        following = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
+        np.testing.assert_allclose(arrays["next_logprob"][rows][:-1], following, rtol=2**-10, atol=1e-4)
+        assert np.isnan(arrays["next_logprob"][rows][-1:])
         outside = torch.ones_like(logprobs, dtype=torch.bool).scatter(1, kept, False)
         for column, temperature in enumerate(TEMPERATURES):
             lse = torch.logsumexp(logits / temperature, -1)
