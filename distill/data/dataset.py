@@ -150,9 +150,8 @@ def find(config: DatasetConfig) -> Data:
         kept = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("cache-")]
         return Data(config, kept)
     elif path.is_dir():
-        found = _matching(patterns, path) if config.data_files is not None else _in_folder(config, notes)
-        if config.data_files is None:
-            _check_rollouts(path, found)
+        found = _matching(patterns, path) if config.data_files is not None else _parts_of_rollouts(path)
+        found = found or _in_folder(config, notes)
     elif glob.has_magic(config.path) and "://" not in config.path:
         found = _matching([config.path], Path())
     elif config.path.startswith(("/", "./", "../", "~")) or kind(path) is not None:
@@ -168,18 +167,22 @@ def find(config: DatasetConfig) -> Data:
     return Data(config, found, notes)
 
 
-def _check_rollouts(folder: Path, found: Sequence[Path]) -> None:
-    """Raise DataError where a folder of distill.rollout has fewer parts than it is to have; others are no matter."""
+def _parts_of_rollouts(folder: Path) -> list[Path]:
+    """The parts that distill.rollout has written into a folder; none where it is another folder.
+
+    Raises DataError where some are not there yet: a part of the rollouts would pass for all of them.
+    """
     try:
         expected = int(json.loads((folder / "rollouts.json").read_text())["parts"])
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    there = sum(file.name.startswith("part_") for file in found)
-    if there != expected:
+        return []
+    found = sorted(folder.glob("part_*.parquet"))
+    if len(found) != expected:
         raise DataError(
-            f"dataset.path: expected {expected} parts of rollouts in {folder}, found {there}: run distill.rollout again "
-            "to its end, or name the parts to read with dataset.data_files"
+            f"dataset.path: expected {expected} parts of rollouts in {folder}, found {len(found)}: run distill.rollout "
+            "again to its end, or name the parts to read with dataset.data_files"
         )
+    return found
 
 
 def template_of(file: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from distill.config import GenerateConfig
@@ -278,6 +279,25 @@ def test_what_would_be_ignored_or_is_misspelt_is_refused(sources):
             run(f"dataset.path={sources / 'x.jsonl'}", more)
     with pytest.raises(DataError, match=r"found no file or folder data/nowhere\.jsonl"):
         run("dataset.path=data/nowhere.jsonl")
+
+
+def test_rollouts_are_read_when_they_are_whole(tmp_path):
+    """distill.rollout's own folder: its parts in order, and nothing else; a part that is missing is not overlooked."""
+    table = {"prompt_ids": [[1, 40]], "completion_ids": [[41, 2]], "logprobs": [[-0.5, -1.0]], "completion_text": ["!"]}
+    for number in (1, 0):
+        pa.parquet.write_table(
+            pa.table(table | {"prompt_ids": [[1, 40 + number]]}), tmp_path / f"part_{number}.parquet"
+        )
+    (tmp_path / "part_2.parquet.partial").write_bytes(b"half")
+    (tmp_path / "rollouts.json").write_text(json.dumps({"parts": 2, "rows": [{"text": "no data"}]}))
+    samples = run(f"dataset.path={tmp_path}")
+    assert samples.take([0, 1])["tokens"].tolist() == [1, 40, 41, 2, 1, 41, 41, 2]
+    assert samples.take([1])["loss_mask"].tolist() == [False, True, True, False]
+    assert samples.take([1])["sampled_logprob"][1:3].tolist() == [-0.5, -1.0]
+    (tmp_path / "part_0.parquet").unlink()
+    with pytest.raises(DataError, match=r"expected 2 parts of rollouts in .*, found 1: run distill.rollout again"):
+        run(f"dataset.path={tmp_path}")
+    assert len(run(f"dataset.path={tmp_path}", "dataset.data_files=part_*.parquet").lengths) == 1
 
 
 def test_files_without_a_path_are_read_and_not_the_demo(sources):

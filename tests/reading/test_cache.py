@@ -1,10 +1,12 @@
 """TeacherCache beside the raw arrays, and what it refuses."""
 
+import json
 import os
 import pickle
 import shutil
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -19,7 +21,7 @@ from distill import TeacherCache, collate
 from distill.errors import StoreError
 from distill.reading.samples import empty_sample
 from distill.store.store import Store
-from tests.support import make_tokenizer, open_raw, reseal
+from tests.support import generate_here, make_tokenizer, open_raw, reseal
 
 
 @pytest.fixture
@@ -246,6 +248,62 @@ def test_a_loss_mask_is_kept(small_store: Path) -> None:
     nothing = collate([empty_sample(8, 2)])
     assert nothing["sample"].tolist() == [-1]
     assert not nothing["loss_mask"].any()
+
+
+@pytest.fixture(scope="module")
+def rollouts(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 40 rollouts of 2 to 4 prompt tokens and 1 to 8 others, with the log-probabilities of a sampler."""
+    folder, random = tmp_path_factory.mktemp("rollouts"), np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        ids = [1, *map(int, random.integers(10, 200, 1 + i % 3 + 1 + i % 8))]
+        prompt, rest = ids[: 2 + i % 3], ids[2 + i % 3 :]
+        rows.append({"prompt_ids": prompt, "completion_ids": rest, "logprobs": [-(i + 1) / 64 for _ in rest]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={folder / 'rows.jsonl'}", "capture.k=8"]
+    generate_here(folder, *arguments, f"store.path={folder / 'x.zarr'}", "store.block_rows=32")
+    return folder / "x.zarr"
+
+
+def test_rollouts_are_aligned_and_selected(rollouts: Path, small_store: Path) -> None:
+    """Of rollout i: -(i + 1) / 64 at the rows before its own tokens, nowhere else; what a sampler said and the mask."""
+    cache, index = TeacherCache(str(rollouts)), open_raw(rollouts, "sample_index")
+    assert cache.arrays >= {"next_logprob", "sampled_logprob", "loss_mask"}
+    said = [sample["sampled_logprob"] for sample in cache]
+    for i, sample in zip(index, cache, strict=True):
+        own = torch.arange(len(sample["tokens"])) >= 1 + i % 3
+        own[-1] = False
+        assert sample["loss_mask"].equal(own)
+        assert sample["sampled_logprob"][own].eq(-(i + 1) / 64).all()
+        assert sample["sampled_logprob"][~own].isnan().all()
+        assert sample["next_logprob"].isnan().tolist() == [*[False] * (len(own) - 1), True]
+    batch = collate([cache[3], cache[5], empty_sample(8, 1)])
+    mask = batch["loss_mask"]
+    assert batch["sampled_logprob"][mask].tolist() == torch.cat([said[i][said[i].isfinite()] for i in (3, 5)]).tolist()
+    assert batch["next_logprob"][0][mask[0]].equal(cache[3]["next_logprob"][cache[3]["loss_mask"]])
+    assert (batch["next_logprob"][~mask] == 0).all()
+    assert (batch["sampled_logprob"][~mask] == 0).all()
+
+    likely = cache.select(lambda sample: sample["next_logprob"][sample["loss_mask"]].mean() > -6.9)
+    means = [sample["next_logprob"][sample["loss_mask"]].mean() for sample in cache]
+    assert 0 < len(likely) < 40
+    assert [sample["sample"] for sample in likely] == [i for i, mean in enumerate(means) if mean > -6.9]
+    seen: list[Any] = []
+
+    def every_other(sample: Any) -> bool:
+        seen.append(sample)
+        return "target_ids" not in sample and len(seen) % 2 == 1
+
+    few = likely[::-1].select(every_other)
+    assert [sample["sample"] for sample in few] == [sample["sample"] for sample in likely[::2]]
+    for sample in seen:
+        torch.testing.assert_close(sample["sampled_logprob"], said[sample["sample"]], equal_nan=True)
+    plain = TeacherCache(str(small_store))
+    assert "sampled_logprob" not in plain.arrays
+    long = plain.select(lambda sample: int(sample["loss_mask"].sum()) == 95)  # all but the last one
+    assert long.lengths == [96] * len(long)
+    assert len(long) == plain.lengths.count(96) > 0
+    assert len(plain.select(lambda _: False)) == 0
 
 
 def test_opening_reads_the_index_alone(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
