@@ -10,11 +10,10 @@ import torch
 from numcodecs.pcodec import PCodec
 from torch import nn
 
-from distill.store.schema import CAPTURED
 from distill.store.writable import WritableStore
 from distill.student.evaluate import measured, summarize
 from tests.benchmarks import fidelity
-from tests.benchmarks.fidelity_bytes import draw_arrays, store_bytes
+from tests.benchmarks.fidelity_bytes import ARRAYS, draw_arrays, store_bytes
 from tests.benchmarks.fidelity_gradients import angle, compared, gradient
 from tests.benchmarks.fidelity_models import Windows, split
 from tests.benchmarks.fidelity_rows import METHODS, Method, Settings, as_read, expected_ids, rows_of
@@ -93,7 +92,7 @@ def test_bytes_are_those_of_the_files_of_a_store(monkeypatch: pytest.MonkeyPatch
 
     def watched(store: WritableStore) -> None:
         plain(store)
-        folders = [Path(store.path) / name / "c" for name in ("tokens", *CAPTURED)]
+        folders = [Path(store.path) / name / "c" for name in ARRAYS]
         sizes.append(sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()))
 
     monkeypatch.setattr(WritableStore, "mark_complete", watched)

@@ -15,6 +15,7 @@ _SAMPLED = (8, 16, 32)
 """The k of capture.method=sample that are compared."""
 
 _PIECES = 64
+_OF_TOKEN = 3.2  # the token itself, and next_logprob
 _MEASURED = {
     ("topk", "portable"): (0.87, 0.45, 4.5),
     ("topk", "compact"): (0.76, 0.35, 4.1),
@@ -118,7 +119,7 @@ class Choice:
 def expected_bytes(method: str, ids: float, vocab_size: int, num_temperatures: int, codec: str) -> float:
     """About the bytes of a token in a store of so many ids a row: as measured (docs/benchmarks.md, "Size")."""
     of_id, of_logprob, of_temperature = _MEASURED[method, codec]
-    return ids * (of_id * math.log2(vocab_size) / 8 + of_logprob) + of_temperature * num_temperatures + 1.4
+    return ids * (of_id * math.log2(vocab_size) / 8 + of_logprob) + of_temperature * num_temperatures + _OF_TOKEN
 
 
 def _plogp(p: NDArray[np.float64]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """Bytes a token of each method, from writing its rows.
 
-Top-k and VarOpt are written with a store, codec compact, one block of one inner chunk; all arrays count, tokens too.
+Top-k and VarOpt are written with a store, codec compact, one block of one inner chunk; ARRAYS count.
 Draws with replacement have no store. They are laid out as the literature has them, the different ids of a row in order
 and how often each came; each of these arrays, and the tokens, with the codec of the store that is smallest for it.
 """
@@ -15,10 +15,12 @@ from numcodecs import Blosc
 from numcodecs.pcodec import PCodec
 from numpy.typing import NDArray
 
-from distill.store.schema import CAPTURED
 from distill.store.writable import WritableStore
 from tests.benchmarks.fidelity_models import Windows, encode, hidden_states, load, windows
 from tests.benchmarks.fidelity_rows import METHODS, Arrays, Method, Settings, expected_ids, rows_of
+
+ARRAYS = ("tokens", "target_ids", "target_logprobs", "logsumexp", "tail_logprob")
+"""Without next_logprob, which is the same for all methods."""
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -46,7 +48,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def store_bytes(tokens: NDArray[np.int32], rows: Arrays, method: Method, length: int) -> int:
-    """Bytes of the arrays over rows in a store of these rows."""
+    """Bytes of the arrays over rows in a store of these rows"""
     num_samples = len(tokens) // length
     attributes = {
         "method": "topk" if method.kind == "topk" else "sample",
@@ -68,11 +70,12 @@ def store_bytes(tokens: NDArray[np.int32], rows: Arrays, method: Method, length:
         store.write_all("sample_index", np.arange(num_samples))
         store.write_rows("tokens", 0, tokens)
         store.publish()
-        for name in CAPTURED:
+        for name in ARRAYS[1:]:
             store.write_rows(name, 0, rows[name])
+        store.write_rows("next_logprob", 0, np.full(len(tokens), np.nan, np.float16))
         store.commit(0, len(tokens))
         store.mark_complete()
-        return store.block_bytes(0, [*CAPTURED, "tokens"])
+        return store.block_bytes(0, ARRAYS)
 
 
 def draw_arrays(ids: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.uint16]]:

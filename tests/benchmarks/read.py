@@ -42,7 +42,7 @@ from distill.data import plan
 from distill.reading.samples import Batch, Rows, Sample
 from distill.store import schema
 from distill.store.writable import WritableStore
-from distill.teacher.capture import round_logprobs
+from distill.teacher.capture import as_float16, round_logprobs
 
 K, VOCABULARY, BATCH, TOKENS = 64, 49152, 8, 500_000
 ARRAYS = ("tokens", *schema.CAPTURED)
@@ -64,6 +64,7 @@ def made_up(random: np.random.Generator, num_rows: int) -> Rows:
         "target_logprobs": round_logprobs(logprobs.astype(np.float32)),
         "logsumexp": random.normal(20, 3, (num_rows, 1)).astype(np.float32),
         "tail_logprob": round_logprobs(np.log(tail).astype(np.float32)),
+        "next_logprob": as_float16(-random.exponential(2.5, num_rows).astype(np.float32)),
     }
 
 
