@@ -182,8 +182,9 @@ class LossConfig:
 
     divergence: str = key(
         "forward_kl",
-        "between teacher and student; the others need capture.method=topk",
-        ("forward_kl", "reverse_kl", "jensen_shannon"),
+        "between teacher and student; reverse_kl and jensen_shannon need capture.method=topk, on_policy the student's "
+        "own samples",
+        ("forward_kl", "reverse_kl", "jensen_shannon", "on_policy"),
     )
     tail: str = key(
         "bucket",
@@ -194,6 +195,10 @@ class LossConfig:
         1.0, "softens both distributions; the store must hold it (capture.method=topk, capture.temperatures)"
     )
     alpha: float = key(1.0, "share of the divergence; the rest is cross-entropy with the next token")
+    max_advantage: float | None = key(None, "on_policy: a bound of |log p - log q| in the gradient; null = none")
+    max_ratio: float | None = key(
+        None, "on_policy: weigh a token by q / its probability when it was sampled, at most by this; null = no weights"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ distill.train, distill.hf and loops of one's own share the loss and the model's 
 model       find, check, build: the student itself
 learner     Learner, BatchLoss: from a batch to the sum of its losses
 packing     samples end to end in one row, for the length of a call
-loss        DistillationLoss: divergences between a student's logits and the kept targets
+loss        DistillationLoss: between a student's logits and what a store keeps of the teacher
+divergence  the divergences of each row, with gradients written out
 batches     split, StepBatches: what is trained on, and what each step reads of it
 training    Training: a run and its steps
 optimizer   AdamW; gradients over workers and micro-batches: DistributedDataParallel, FSDP2

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import collate, empty_sample
+from distill.student.divergence import LEAST_LOGPROB, log_softmax_at
 from distill.student.loss import DistillationLoss, are_drawn
 
 BINS = 15
@@ -21,8 +22,12 @@ _TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.
 
 
 @torch.no_grad()
-def evaluate(learner: nn.Module, cache: TeacherCache, batch_size: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    learner: nn.Module, cache: TeacherCache, batch_size: int, device: torch.device, on_policy: bool = False
+) -> dict[str, float]:
     """Means over all next tokens of `cache`. Each worker does a part of them.
+
+    on_policy: the tokens are a student's own, and the store has next_logprob: the last three figures are wanted too
 
     tokens             how many there were
     cross_entropy      -log q of the token that follows, nats
@@ -30,15 +35,20 @@ def evaluate(learner: nn.Module, cache: TeacherCache, batch_size: int, device: t
                        drawn belong to the rest
     top1_agreement     share of tokens for which both find the same id most probable
     calibration_error  expected |confidence - accuracy| of the most probable token, over 15 bins of confidence
+    log_ratio          log q - log p of the token y that follows, nats: minus the mean advantage
+    reverse_kl         p/q - 1 - log(p/q) of y, nats: k3 of Schulman, Approximating KL Divergence; never negative, and
+                       in the mean KL(student || teacher) where this very student wrote the tokens
+    entropy            of the student, nats
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = -(-len(cache) // world_size)
     mine = range(rank * share, min(len(cache), (rank + 1) * share))
     nothing = empty_sample(cache.attributes["k"], len(cache.temperatures))
-    sums = torch.zeros(4 + 3 * BINS, dtype=torch.float64, device=device)
+    sums = torch.zeros(4 + 3 * BINS + 3 * on_policy, dtype=torch.float64, device=device)
 
     def measure(logits: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        return measured(logits, rows, cache.temperatures)
+        found = measured(logits, rows, cache.temperatures)
+        return torch.cat([found, measured_on_policy(logits, rows)]) if on_policy else found
 
     training = learner.training
     learner.eval()
@@ -68,6 +78,15 @@ def measured(logits: Tensor, rows: Mapping[str, Tensor], temperatures: list[floa
     return torch.cat([torch.stack([value.double() for value in whole]), per_bin.flatten()])
 
 
+def measured_on_policy(logits: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    """Sums over rows of log_ratio, reverse_kl and entropy, [3] float64."""
+    following = rows["next_tokens"]
+    own = log_softmax_at(logits, following.clamp(min=0)[:, None])[:, 0]
+    ratio = torch.where(following >= 0, own - rows["next_logprob"].clamp(min=LEAST_LOGPROB), 0.0).double()
+    entropy = torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
+    return torch.stack([ratio.sum(), (torch.expm1(-ratio) + ratio).sum(), entropy.double().sum()])
+
+
 def _without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows without the ids that were drawn: their weights say what the teacher does in the mean, not how KL is."""
     ids, logprobs = rows["target_ids"], rows["target_logprobs"]
@@ -81,11 +100,13 @@ def _without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def summarize(sums: Tensor) -> dict[str, Any]:
     """The figures of `evaluate`, from the sums over all rows."""
     tokens = max(1.0, sums[0].item())
-    confidence, correct, _ = sums[4:].view(3, BINS)
-    return {
+    confidence, correct, _ = sums[4 : 4 + 3 * BINS].view(3, BINS)
+    found = {
         "tokens": int(sums[0]),
         "cross_entropy": sums[1].item() / tokens,
         "kl": sums[2].item() / tokens,
         "top1_agreement": sums[3].item() / tokens,
         "calibration_error": (confidence - correct).abs().sum().item() / tokens,
     }
+    names = ("log_ratio", "reverse_kl", "entropy")
+    return found | {name: float(value) / tokens for name, value in zip(names, sums[4 + 3 * BINS :], strict=False)}

@@ -64,8 +64,9 @@ class BatchLoss:
         """The sum of the loss over the positions in the batch's loss_mask, a float32 scalar.
 
         model: what is called. inner: the same without what it was wrapped in. Raises ConfigError where samples of one
-        row see each other.
+        row see each other, and for a batch that lacks what the loss reads.
         """
+        self._loss.check_arrays(batch, "the batch")
         batch = self._prepared(model, inner, batch)
 
         def loss(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

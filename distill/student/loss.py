@@ -15,39 +15,21 @@ mass. The expected weight of every id is its p. So the gradient of forward KL wi
 with the whole p (its value is higher, whatever the student says), and `tail` has nothing to do. A divergence that is
 not linear in p has no such estimate.
 
-Forward KL is KL(p || q): Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015. Reverse KL is
-KL(q || p): Gu et al., MiniLLM, 2024. Jensen-Shannon is the mean of both to the mixture: Agarwal et al., On-Policy
-Distillation, 2024, with beta = 0.5.
+on_policy asks of the teacher one number only: how likely it finds the token that the student wrote (next_logprob). So
+it has no tail, and any store will do that was made from the student's own samples.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distill.errors import ConfigError
+from distill.student.divergence import Target, forward_kl, jensen_shannon, log_softmax_at, on_policy, reverse_kl
 
-_LEAST_LOGPROB = -100.0
-_LEAST_MASS = 1e-30  # of the rest: a gradient is divided by it
 _TARGETS = ("target_ids", "target_logprobs", "logsumexp", "tail_logprob", "next_tokens")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A teacher's distribution over some ids, in float32.
-
-    ids:      [N, M] int64; an id may occur twice, and its probabilities are added
-    logprobs: [N, M]; -inf where an id has no mass
-    tail:     [N], log of the mass of all other ids; None where the given ids have all of the mass
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-    tail: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,29 +37,49 @@ class DistillationLoss:
     """alpha * temperature**2 * divergence(p_T, q_T) + (1 - alpha) * cross-entropy with the next token, per row.
 
     The factor temperature**2 gives gradients of about the same size at all temperatures (Hinton et al.).
+    max_advantage, max_ratio: of on_policy, as `divergence.on_policy` says.
     """
 
     divergence: str = "forward_kl"
     tail: str = "bucket"
     temperature: float = 1.0
     alpha: float = 1.0
+    max_advantage: float | None = None
+    max_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name, found, choices in (
-            ("divergence", self.divergence, ("forward_kl", "reverse_kl", "jensen_shannon")),
+            ("divergence", self.divergence, ("forward_kl", "reverse_kl", "jensen_shannon", "on_policy")),
             ("tail", self.tail, ("bucket", "renormalize", "ground_truth")),
         ):
             if found not in choices:
                 raise ConfigError(f"loss.{name}: expected {', '.join(choices)}, found {found!r}")
         if self.divergence != "forward_kl" and self.tail != "bucket":
-            raise ConfigError(
-                f"loss.tail: expected bucket with {self.divergence}, which needs the teacher's probability of "
-                f"everything that the student says, found {self.tail}"
-            )
+            why = "needs the teacher's probability of everything that the student says"
+            why = "looks at no tail" if self.divergence == "on_policy" else why
+            raise ConfigError(f"loss.tail: expected bucket with {self.divergence}, which {why}, found {self.tail}")
         if self.temperature <= 0 or not 0 <= self.alpha <= 1:
             raise ConfigError(
                 f"loss: expected temperature > 0 and alpha in [0, 1], found {self.temperature} and {self.alpha}"
             )
+        if self.divergence == "on_policy" and self.temperature != 1:
+            raise ConfigError(
+                "loss.temperature: expected 1 with on_policy, since the store says at temperature 1 how likely a token "
+                f"is, found {self.temperature:g}"
+            )
+        for name, bound in (("max_advantage", self.max_advantage), ("max_ratio", self.max_ratio)):
+            if bound is not None and (self.divergence != "on_policy" or not bound > 0):
+                wanted = "a number > 0" if self.divergence == "on_policy" else f"null with {self.divergence}"
+                raise ConfigError(f"loss.{name}: expected {wanted}, found {bound:g}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The names of what it reads of a batch."""
+        if self.alpha == 0:
+            return ("next_tokens",)
+        if self.divergence == "on_policy":
+            return ("next_tokens", "next_logprob", *(() if self.max_ratio is None else ("sampled_logprob",)))
+        return _TARGETS
 
     @property
     def linear(self) -> bool:
@@ -86,7 +88,7 @@ class DistillationLoss:
 
     def check_method(self, method: str) -> None:
         """Raise ConfigError where rows of a store of this capture.method do not hold what this loss needs."""
-        if method == "sample" and not self.linear:
+        if method == "sample" and not self.linear and self.divergence != "on_policy":
             more = "" if self.temperature == 1 else f" capture.temperatures=[1.0,{self.temperature:g}]"
             raise ConfigError(
                 "loss: expected divergence forward_kl and temperature 1 with a store of capture.method=sample, whose "
@@ -101,6 +103,19 @@ class DistillationLoss:
                 f"loss.temperature: expected one of {list(temperatures)}, which the store holds, found "
                 f"{self.temperature}: the mass outside the kept ids at another temperature cannot be known (generate "
                 f"with capture.method=topk capture.temperatures=[1.0,{self.temperature}], or use loss.tail=renormalize)"
+            )
+
+    def check_arrays(self, there: Collection[str], where: str) -> None:
+        """Raise ConfigError where a store, or a batch, lacks what not every one has. there: names of its arrays."""
+        if "next_logprob" in self.reads and "next_logprob" not in there:
+            raise ConfigError(
+                f"loss.divergence: expected next_logprob in {where} with on_policy, found none: it is of an older "
+                "version of distill (generate it again)"
+            )
+        if "sampled_logprob" in self.reads and "sampled_logprob" not in there:
+            raise ConfigError(
+                f"loss.max_ratio: expected sampled_logprob in {where}, found none: its data had no column logprobs "
+                "(generate from rollouts that have one, or leave max_ratio out)"
             )
 
     def target(self, rows: Mapping[str, Tensor], temperatures: Sequence[float], vocab_size: int) -> Target:
@@ -155,14 +170,20 @@ class DistillationLoss:
         )
 
     def per_row(self, logits: Tensor, rows: Mapping[str, Tensor], temperatures: Sequence[float]) -> Tensor:
-        """The loss of each row, [N] float32: logits [N, V] of any float dtype, rows of a batch [N, ...].
+        """The loss of each row, [N]: logits [N, V] of any float dtype, rows of a batch [N, ...].
 
-        The divergence of a row of which the student knows no kept id is 0 with bucket, where both say "any other id",
-        and with renormalize, which leaves nothing to learn from it; with ground_truth the next token has all mass.
+        It is in float32, or in float64 where the logits are. The divergence of a row of which the student knows no kept
+        id is 0 with bucket, where both say "any other id", and with renormalize, which leaves nothing to learn from it;
+        with ground_truth the next token has all mass. on_policy looks at no kept ids.
         """
-        logits = logits.float()
-        loss = logits.new_zeros(len(logits))
-        if self.alpha > 0:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = own = logits.new_zeros(len(logits))
+        if self.alpha < 1 or self.divergence == "on_policy":
+            own = log_softmax_at(logits, rows["next_tokens"][:, None])[:, 0]
+        if self.alpha > 0 and self.divergence == "on_policy":
+            sampled = None if self.max_ratio is None else rows["sampled_logprob"]
+            loss = self.alpha * on_policy(own, rows["next_logprob"], sampled, self.max_advantage, self.max_ratio)
+        elif self.alpha > 0:
             target = self.target(rows, temperatures, logits.shape[1])
             divergence = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jensen_shannon": jensen_shannon}
             scaled = logits if self.temperature == 1 else logits / self.temperature
@@ -171,9 +192,7 @@ class DistillationLoss:
                 ids = rows["target_ids"]
                 found = torch.where(((ids >= 0) & (ids < logits.shape[1])).any(dim=1), found, 0.0)
             loss = self.alpha * self.temperature**2 * found
-        if self.alpha < 1:
-            loss = loss - (1 - self.alpha) * log_softmax_at(logits, rows["next_tokens"][:, None])[:, 0]
-        return loss
+        return loss if self.alpha == 1 else loss - (1 - self.alpha) * own
 
     def from_hidden(
         self,
@@ -187,13 +206,14 @@ class DistillationLoss:
 
         head: from [N, H] to logits [N, V]. It runs on `chunk_tokens` positions at a time, and again in the backward
         pass: only one chunk of the logits [B, L, V] is in memory. An empty batch gives 0, and gradients of 0 to every
-        parameter.
+        parameter. Raises ConfigError for a batch that lacks what the loss reads.
         """
+        self.check_arrays(batch, "the batch")
         mask = batch["loss_mask"]
         if not mask.any():  # a row with weight 0: DistributedDataParallel waits for every gradient
             return (head(hidden[:1, 0]).float() * 0).sum() + (hidden * 0).sum()
-        rows = {name: batch[name][mask] for name in _TARGETS}
-        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = {name: batch[name][mask] for name in self.reads}
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         starts = range(0, len(rows["next_tokens"]), chunk_tokens)
         for start, part in zip(starts, torch.split(hidden[mask], chunk_tokens), strict=True):
             chosen = {name: values[start : start + chunk_tokens] for name, values in rows.items()}
@@ -212,84 +232,3 @@ class DistillationLoss:
 def are_drawn(ids: Tensor, logprobs: Tensor) -> Tensor:
     """[N, K]: whether an id was drawn. A sample's last place never has a log-probability; a NaN elsewhere is none."""
     return (ids >= 0) & logprobs.isnan() & logprobs[:, -1:].isnan()
-
-
-def forward_kl(logits: Tensor, target: Target) -> Tensor:
-    """[N]: sum over events of p (log p - log q), for logits [N, V] in float32."""
-    logprobs, q = _events(logits, target)
-    return _expected(logprobs, logprobs - q)
-
-
-def reverse_kl(logits: Tensor, target: Target) -> Tensor:
-    """[N]: sum over events of q (log q - log p). A p below e**-100 counts as that."""
-    logprobs, q = _events(logits, target)
-    return _expected(q, q - logprobs.clamp(min=_LEAST_LOGPROB))
-
-
-def jensen_shannon(logits: Tensor, target: Target) -> Tensor:
-    """[N]: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2."""
-    logprobs, q = _events(logits, target)
-    neither = (logprobs == -torch.inf) & (q == -torch.inf)  # logaddexp has no gradient there
-    mixture = torch.logaddexp(logprobs.masked_fill(neither, 0.0), q.masked_fill(neither, 0.0)) - math.log(2)
-    return (_expected(logprobs, logprobs - mixture) + _expected(q, q - mixture)) / 2
-
-
-def _events(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """log p and log q of the target's events: [N, M], or [N, M + 1] with the tail's bucket as the last."""
-    if target.tail is None or target.ids.shape[1] == logits.shape[1]:
-        return target.logprobs, log_softmax_at(logits, target.ids)
-    return torch.cat([target.logprobs, target.tail[:, None]], dim=1), _event_logprobs(logits, target.ids, True)
-
-
-def log_softmax_at(logits: Tensor, ids: Tensor) -> Tensor:
-    """log q of some ids only: logits [N, V] float32, ids [N, M] -> [N, M]."""
-    return _event_logprobs(logits, ids, False)
-
-
-class _EventLogprobs(torch.autograd.Function):
-    """log_softmax at M ids, and of all other ids together, in four passes over [N, V]; autograd needs a dozen.
-
-    z are the logits, q = softmax(z), r is the mass of the ids outside the M, g is the gradient of the M (+ 1) results:
-    dz_j = -q_j sum(g) + [j among the M] g_j + [j outside] g_rest q_j / r.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, with_rest: bool) -> Tensor:
-        """[N, V] float32, [N, M] -> [N, M], or [N, M + 1] with the rest. An id may occur twice in a row."""
-        largest = logits.max(dim=1, keepdim=True).values
-        kept = logits.gather(1, ids) - largest
-        powers = (logits - largest).exp_()
-        rest = total = powers.sum(dim=1, keepdim=True)
-        if with_rest:
-            powers.scatter_(1, ids, 0.0)
-            rest = powers.sum(dim=1, keepdim=True).clamp_(min=_LEAST_MASS)
-        logprobs = kept - total.log()
-        ctx.save_for_backward(powers, ids, logprobs, rest, total)
-        ctx.with_rest = with_rest
-        return torch.cat([logprobs, rest.log() - total.log()], dim=1) if with_rest else logprobs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The formula above. It overwrites what was kept: there can be no second backward pass."""
-        (gradient,) = gradients
-        powers, ids, logprobs, rest, total = ctx.saved_tensors
-        whole = gradient.sum(dim=1, keepdim=True)
-        if ctx.with_rest:
-            powers.mul_(gradient[:, -1:] / rest - whole / total).scatter_(1, ids, -whole * logprobs.exp())
-        else:
-            powers.mul_(-whole / total)
-        return powers.scatter_add_(1, ids, gradient[:, : ids.shape[1]]), None, None
-
-
-def _event_logprobs(logits: Tensor, ids: Tensor, with_rest: bool) -> Tensor:
-    logprobs: Tensor = _EventLogprobs.apply(logits, ids, with_rest)  # type: ignore[no-untyped-call]
-    return logprobs
-
-
-def _expected(logprobs: Tensor, values: Tensor) -> Tensor:
-    """[N]: sum over events of exp(logprobs) * values; events of probability 0 add nothing, and no gradient.
-
-    They are taken out before they are multiplied: of 0 * -inf a mask would hide the value, not the gradient.
-    """
-    none = logprobs == -torch.inf
-    return (logprobs.masked_fill(none, 0.0).exp() * values.masked_fill(none, 0.0)).sum(dim=1)

@@ -13,7 +13,8 @@ from typing import Any
 from distill.errors import ConfigError
 
 _SHOWN = {"cross_entropy": "cross-entropy", "kl": "KL to teacher", "top1_agreement": "top-1 agreement"}
-_SHOWN |= {"calibration_error": "calibration error"}
+_SHOWN |= {"calibration_error": "calibration error", "log_ratio": "log-ratio to teacher"}
+_SHOWN |= {"reverse_kl": "reverse KL, estimated", "entropy": "entropy of the student"}
 
 
 class Metrics:
@@ -78,17 +79,24 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:
-    """Held-out figures side by side: from a column's name to what `evaluate` returned."""
+    """Held-out figures side by side: from a column's name to what `evaluate` returned.
+
+    A figure that no column has is left out; a column without it shows a dash.
+    """
     width = max(10, *(len(name) + 2 for name in columns))
     tokens = next(iter(columns.values()))["tokens"]
     lines = [f"{f'held out, {tokens:,} tokens':28}" + "".join(f"{name:>{width}}" for name in columns)]
     for figure, words in _SHOWN.items():
-        lines.append(f"{words:28}" + "".join(_shown(found[figure]).rjust(width) for found in columns.values()))
+        if any(figure in found for found in columns.values()):
+            lines.append(f"{words:28}" + "".join(_shown(found, figure).rjust(width) for found in columns.values()))
     return "\n".join(lines)
 
 
-def _shown(figure: float | None) -> str:
-    return "inf/nan" if figure is None or not math.isfinite(figure) else f"{figure:.4f}"
+def _shown(found: dict[str, Any], figure: str) -> str:
+    value = found.get(figure, "-")
+    if isinstance(value, str):
+        return value
+    return "inf/nan" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def summary(output: Path) -> str:

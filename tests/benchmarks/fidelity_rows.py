@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.config import CaptureConfig
-from distill.student.loss import DistillationLoss, Target, forward_kl
+from distill.student.divergence import Target, forward_kl
+from distill.student.loss import DistillationLoss
 from distill.teacher.capture import round_logprobs
 from distill.teacher.method import capture
 from distill.teacher.sample import uniforms

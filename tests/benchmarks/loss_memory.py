@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distill import DistillationLoss
 from distill.reading.samples import Batch
-from distill.student.loss import Target
+from distill.student.divergence import Target
 
 DEFAULTS = {"rounds": 3, "tokens": 4096, "hidden": 576, "vocabulary": 49152, "k": 64}
 

@@ -10,6 +10,14 @@ from tests.captured import topk
 
 N, V, K = 12, 50, 6
 TEMPERATURES = [1.0, 2.5]
+KINDS = [
+    ("forward_kl", "bucket"),
+    ("forward_kl", "renormalize"),
+    ("forward_kl", "ground_truth"),
+    ("reverse_kl", "bucket"),
+    ("jensen_shannon", "bucket"),
+]
+DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon", "on_policy"]
 
 
 def teacher_rows(k=K, vocab=V, scale=3.0):
@@ -19,7 +27,7 @@ def teacher_rows(k=K, vocab=V, scale=3.0):
     following = torch.arange(N) % min(vocab, V)
     following[0] = logits[0].argmax()  # one is among the kept ids for sure
     found = topk(logits.clone(), k, TEMPERATURES, following)
-    names = ("target_logprobs", "logsumexp", "tail_logprob")
+    names = ("target_logprobs", "logsumexp", "tail_logprob", "next_logprob")
     rows = {name: getattr(found, name).clone() for name in names}
     return logits, rows | {"target_ids": found.target_ids.long(), "next_tokens": following}
 
@@ -54,6 +62,10 @@ def dense(loss, teacher, rows, student):
             divergence = torch.special.xlogy(full, full).sum(dim=1) - (full * log_q).sum(dim=1)
         case "reverse_kl", _:
             divergence = (q * (q.log() - p.log())).sum(dim=1)
+        case "on_policy", _:
+            following = rows["next_tokens"][:, None]
+            log_p = teacher.double().log_softmax(dim=1).gather(1, following)
+            divergence = (log_q.gather(1, following) - log_p)[:, 0].square() / 2
         case _:
             m = (p + q) / 2
             divergence = ((p * (p.log() - m.log())).sum(dim=1) + (q * (q.log() - m.log())).sum(dim=1)) / 2
@@ -62,15 +74,11 @@ def dense(loss, teacher, rows, student):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.3, 0.0])
-@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize(
-    ("divergence", "tail"),
+    ("divergence", "tail", "temperature"),
     [
-        ("forward_kl", "bucket"),
-        ("forward_kl", "renormalize"),
-        ("forward_kl", "ground_truth"),
-        ("reverse_kl", "bucket"),
-        ("jensen_shannon", "bucket"),
+        *((*kind, temperature) for kind in KINDS for temperature in TEMPERATURES),
+        ("on_policy", "bucket", 1.0),
     ],
 )
 def test_values_and_gradients_are_those_of_the_dense_formula(divergence, tail, temperature, alpha):
@@ -85,7 +93,7 @@ def test_values_and_gradients_are_those_of_the_dense_formula(divergence, tail, t
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(divergence):
     teacher, rows = teacher_rows()
     logits = teacher.clone().requires_grad_()
@@ -141,7 +149,8 @@ def batch_of_rows(rows, empty=False):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 10, 1000])
-def test_chunks_change_nothing(chunk_tokens):
+@pytest.mark.parametrize("divergence", ["forward_kl", "on_policy"])
+def test_chunks_change_nothing(divergence, chunk_tokens):
     _, rows = teacher_rows()
     batch = batch_of_rows(rows)
     found = []
@@ -149,7 +158,7 @@ def test_chunks_change_nothing(chunk_tokens):
         torch.manual_seed(3)
         head = nn.Linear(16, V)
         hidden = torch.randn(2, N // 2, 16, requires_grad=True)
-        loss = DistillationLoss(alpha=0.5)
+        loss = DistillationLoss(divergence, alpha=0.5)
         if chunked:
             total = loss.from_hidden(hidden, head, batch, TEMPERATURES, chunk_tokens)
         else:
@@ -176,10 +185,11 @@ def test_no_chunk_is_larger_than_it_should_be():
     assert seen == [4, 4, 2]
 
 
-def test_an_empty_batch_has_zero_gradients_everywhere():
+@pytest.mark.parametrize("divergence", ["forward_kl", "on_policy"])
+def test_an_empty_batch_has_zero_gradients_everywhere(divergence):
     _, rows = teacher_rows()
     head, hidden = nn.Linear(16, V), torch.randn(2, N // 2, 16, requires_grad=True)
-    total = DistillationLoss().from_hidden(hidden, head, batch_of_rows(rows, empty=True), TEMPERATURES)
+    total = DistillationLoss(divergence).from_hidden(hidden, head, batch_of_rows(rows, empty=True), TEMPERATURES)
     total.backward()
     assert total == 0
     for gradient in (hidden.grad, head.weight.grad, head.bias.grad):
@@ -190,7 +200,7 @@ def test_an_empty_batch_has_zero_gradients_everywhere():
 def test_extreme_logits_stay_finite():
     _, rows = teacher_rows(scale=60.0)  # tails down to e^-200 and less
     logits = (student_logits() * 50).detach().requires_grad_()
-    for divergence in ("forward_kl", "reverse_kl", "jensen_shannon"):
+    for divergence in DIVERGENCES:
         loss = DistillationLoss(divergence).per_row(logits, rows, TEMPERATURES)
         assert loss.isfinite().all()
         loss.sum().backward()
@@ -276,16 +286,7 @@ def test_a_student_that_says_nothing_but_the_kept_ids(divergence):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize(
-    ("divergence", "tail"),
-    [
-        ("forward_kl", "bucket"),
-        ("forward_kl", "renormalize"),
-        ("forward_kl", "ground_truth"),
-        ("reverse_kl", "bucket"),
-        ("jensen_shannon", "bucket"),
-    ],
-)
+@pytest.mark.parametrize(("divergence", "tail"), KINDS)
 def test_rows_of_which_the_student_knows_no_id(divergence, tail, temperature):
     """A padded teacher with few kept ids. One row is such, the others are as they were."""
     _, rows = teacher_rows()
@@ -324,10 +325,16 @@ def test_rows_of_which_the_student_knows_no_id(divergence, tail, temperature):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"divergence": "kl"}, "loss.divergence: expected forward_kl, reverse_kl, jensen_shannon, found 'kl'"),
+        ({"divergence": "kl"}, "loss.divergence: expected forward_kl, reverse_kl, jensen_shannon, on_policy, found"),
         ({"divergence": "reverse_kl", "tail": "renormalize"}, "loss.tail: expected bucket with reverse_kl"),
         ({"alpha": 1.5}, "alpha in"),
         ({"temperature": 0.0}, "temperature > 0"),
+        ({"divergence": "on_policy", "temperature": 2.0}, r"loss\.temperature: expected 1 with on_policy, .* found 2"),
+        ({"divergence": "on_policy", "tail": "ground_truth"}, r"loss\.tail: expected bucket with on_policy"),
+        ({"divergence": "on_policy", "max_advantage": 0.0}, r"loss\.max_advantage: expected a number > 0, found 0"),
+        ({"divergence": "on_policy", "max_ratio": float("nan")}, r"loss\.max_ratio: expected a number > 0, found nan"),
+        ({"max_advantage": 2.0}, r"loss\.max_advantage: expected null with forward_kl, found 2"),
+        ({"divergence": "reverse_kl", "max_ratio": 2.0}, r"loss\.max_ratio: expected null with reverse_kl, found 2"),
     ],
 )
 def test_settings_that_make_no_sense(settings, told):
