@@ -43,12 +43,14 @@ def some(store: Path, count: int) -> TeacherCache:
     return cache
 
 
-def dense(model: Any, samples: list[Any], temperatures: list[float]) -> tuple[torch.Tensor, int]:
+def dense(
+    model: Any, samples: list[Any], temperatures: list[float], loss: DistillationLoss = LOSS
+) -> tuple[torch.Tensor, int]:
     """The loss summed over all rows, from all logits at once, and the number of rows."""
     batch = collate(samples)
     logits = model(input_ids=batch["input_ids"], attention_mask=(batch["next_tokens"] >= 0).long()).logits
     rows = {name: batch[name][batch["loss_mask"]] for name in batch if batch[name].shape[:2] == logits.shape[:2]}
-    return LOSS.per_row(logits[batch["loss_mask"]], rows, temperatures).sum(), int(batch["loss_mask"].sum())
+    return loss.per_row(logits[batch["loss_mask"]], rows, temperatures).sum(), int(batch["loss_mask"].sum())
 
 
 def test_the_loss_falls(small_store: Path, tmp_path: Path) -> None:
@@ -63,12 +65,17 @@ def test_the_loss_falls(small_store: Path, tmp_path: Path) -> None:
     assert held[1] < held[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "cohere"])
-def test_losses_are_means_over_tokens(name: str, small_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("llama", LOSS), ("qwen3", LOSS), ("cohere", LOSS), ("qwen3", DistillationLoss("on_policy", alpha=0.7))],
+)
+def test_losses_are_means_over_tokens(name: str, loss: DistillationLoss, small_store: Path, tmp_path: Path) -> None:
+    """Four samples in batches of three: the last batch is filled with empty ones."""
     cache = some(small_store, 4)
     model = build_model(name)
-    run = trainer(tmp_path, cache, model, eval_dataset=cache, args=arguments(tmp_path, per_device_eval_batch_size=3))
-    total, count = dense(model, list(cache), cache.temperatures)
+    args = arguments(tmp_path, per_device_eval_batch_size=3)
+    run = trainer(tmp_path, cache, model, eval_dataset=cache, args=args, distillation_loss=loss)
+    total, count = dense(model, list(cache), cache.temperatures, loss)
     batch = collate(list(cache))
     assert run.compute_loss(model, batch).item() == pytest.approx((total / count).item(), rel=1e-5)
     assert run.compute_loss(model, batch, True, 7)[0].item() == pytest.approx((total / 7).item(), rel=1e-5)
@@ -177,6 +184,8 @@ def test_what_is_refused(small_store: Path, tmp_path: Path) -> None:
     refused(ConfigError, r"eval_dataset: expected a distill\.TeacherCache, found list", eval_dataset=[1])
     refused(ConfigError, r"loss\.temperature: expected one of \[1\.0, 2\.0\], .* found 3\.0",
             distillation_loss=DistillationLoss(temperature=3.0))  # fmt: skip
+    refused(ConfigError, r"loss\.max_ratio: expected sampled_logprob in ",
+            distillation_loss=DistillationLoss("on_policy", max_ratio=2.0))  # fmt: skip
     refused(ConfigError, r"data_collator: expected none, .* found <function collate", data_collator=collate)
     refused(ConfigError, r"label_smoothing_factor: expected 0, found 0\.1",
             args=arguments(tmp_path, label_smoothing_factor=0.1))  # fmt: skip

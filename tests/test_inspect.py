@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.support import environment, generate, save_model
 
@@ -61,18 +62,25 @@ def test_inspect_describes_a_store(tmp_path: Path) -> None:
 
 def test_inspect_puts_training_runs_side_by_side(tmp_path: Path) -> None:
     figures = {"tokens": 9, "cross_entropy": 3.0, "kl": 1.0, "top1_agreement": 0.5, "calibration_error": 0.1}
+    more: dict[str, Any] = {"log_ratio": 0.5, "reverse_kl": None, "entropy": 2.0}  # of rollouts; one is infinite
     for name, kl in (("one", 0.25), ("lr=2", 0.125)):
         (tmp_path / name).mkdir()
         lines = [
             {"step": 0, "held_out": figures},
             {"step": 1, "loss": 2.0},
-            {"step": 1, "held_out": figures | {"kl": kl}},
+            {"step": 1, "held_out": figures | {"kl": kl} | (more if name == "lr=2" else {})},
         ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     shown = inspect(tmp_path, "one", "lr=2")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines()[0].split() == ["held", "out,", "9", "tokens", "before", "one", "lr=2"]
-    assert "KL to teacher                   1.0000    0.2500    0.1250" in shown.stdout
+    assert shown.stdout.splitlines()[2] == "KL to teacher                   1.0000    0.2500    0.1250"
+    assert shown.stdout.splitlines()[5:] == [
+        "log-ratio to teacher                 -         -    0.5000",
+        "reverse KL, estimated                -         -   inf/nan",
+        "entropy of the student               -         -    2.0000",
+    ]
+    assert "entropy of" not in inspect(tmp_path, "one").stdout
     (tmp_path / "one" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     shown = inspect(tmp_path, "one")
     assert (shown.returncode, shown.stderr) == (

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from distill import DistillationLoss, Learner, TeacherCache
 from distill.config import OptimizerConfig, StudentConfig, TrainConfig
 from distill.errors import ConfigError
 from distill.student.batches import split
+from distill.student.evaluate import evaluate
 from distill.student.model import build, find
 from distill.student.optimizer import optimizer_of
 from distill.teacher.source import auto_class
@@ -47,13 +49,14 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["llama", "mistral3"])
+@pytest.mark.parametrize(("name", "divergence"), [("llama", "on_policy"), ("mistral3", "forward_kl")])
 def test_the_first_step_is_that_of_the_mean_over_all_tokens(
-    name: str, parallel: str, small_store: Path, model_folder: Any, tmp_path: Path
+    name: str, divergence: str, parallel: str, small_store: Path, model_folder: Any, tmp_path: Path
 ) -> None:
     """Two workers with three batches each, of samples of very different lengths, beside one pass over all of them.
 
-    Of a model with a tower for images only the language model changes; it is saved whole.
+    Of a model with a tower for images only the language model changes; it is saved whole. With on_policy the held-out
+    figures of rollouts are there, and are those of one worker.
     """
     arguments = [
         f"store.path={small_store}",
@@ -62,14 +65,19 @@ def test_the_first_step_is_that_of_the_mean_over_all_tokens(
         "optimizer.steps=1",
         "batch.samples=3",
     ]
-    arguments += ["batch.accumulate=3", "batch.readers=0", "evaluation.samples=0", f"parallel={parallel}", "output=out"]
-    ran = train(tmp_path, 2, *arguments)
+    arguments += ["batch.accumulate=3", "batch.readers=0", "evaluation.samples=7", f"parallel={parallel}", "output=out"]
+    ran = train(tmp_path, 2, *arguments, f"loss.divergence={divergence}")
     assert ran.returncode == 0, ran.stderr
-    (first,) = metrics(tmp_path / "out")
+    before_it, first, _ = metrics(tmp_path / "out")
 
-    cache = TeacherCache(str(small_store))
+    cache, held_out = TeacherCache(str(small_store)).split(7, 0)
     source = find(StudentConfig(), {"model": str(model_folder(name)), "revision": None})
-    learner = Learner(build(StudentConfig(layers=2), source, 0), DistillationLoss(), cache.temperatures)
+    learner = Learner(build(StudentConfig(layers=2), source, 0), DistillationLoss(divergence), cache.temperatures)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    alone = evaluate(learner, held_out, 64, torch.device("cpu"), divergence == "on_policy")
+    dist.destroy_process_group()
+    assert before_it["held_out"] == pytest.approx(alone, rel=1e-5)
+    assert ("reverse_kl" in alone) == ("reverse KL, estimated" in ran.stderr) == (divergence == "on_policy")
     saved, info = auto_class(source.model_config).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"]
     before = dict(learner.model.named_parameters())
@@ -193,6 +201,10 @@ def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None
         (["optimizer.learning_rat=1"], "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate?"),
         (["store.path=nowhere.zarr"], "store.path: found no store at "),
         ([f"store.path={small_store}", "loss.temperature=4"], "loss.temperature: expected one of [1.0, 2.0]"),
+        (
+            [f"store.path={small_store}", "loss.divergence=on_policy", "loss.max_ratio=2"],
+            "loss.max_ratio: expected sampled_logprob in ",
+        ),
     ):
         ran = train(tmp_path, 1, *arguments)
         assert ran.returncode == 2

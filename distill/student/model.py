@@ -119,6 +119,7 @@ def check(source: Source, loss: DistillationLoss, cache: Any) -> None:
     """Raise ConfigError or StoreError where this student cannot learn from this cache."""
     loss.check_method(cache.attributes["method"])
     loss.check(cache.temperatures)
+    loss.check_arrays(cache.arrays, cache.path)
     cache.check_tokenizer(source.tokenizer)
     known = int(cache.attributes["tokenizer"]["vocab_size"])
     if source.vocab_size < known:

@@ -47,6 +47,8 @@ class Training:
         self._dtype = torch.bfloat16 if on_gpu or config.autocast == "bfloat16" else torch.float32
         self._config, self._model, self._device = config, model, device
         self._held_out, self._checkpoints, self._total_steps = held_out, checkpoints, total_steps
+        rollouts = loss.divergence == "on_policy" or "sampled_logprob" in held_out.arrays
+        self._on_policy = rollouts and "next_logprob" in held_out.arrays
         self._module = wrap(learner, config.parallel, device)
         self._optimizer, self._scheduler = optimizer_of(self._module, config.optimizer, total_steps)
         checkpoints.restore(self._module, self._optimizer, self._scheduler)
@@ -115,7 +117,9 @@ class Training:
         """Measure the student on what is held out, if anything is."""
         if len(self._held_out):
             with precision(self._device, self._dtype):
-                found = evaluate(self._module, self._held_out, self._config.batch.samples, self._device)
+                found = evaluate(
+                    self._module, self._held_out, self._config.batch.samples, self._device, self._on_policy
+                )
             self._metrics.add({"step": self.step, "held_out": found})
 
     def save_student(self, tokenizer: Any) -> None:

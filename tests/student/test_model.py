@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def test_students_that_cannot_learn_from_a_cache(small_store: Path) -> None:
         check(source(context=64), DistillationLoss(), cache)
     with pytest.raises(ConfigError, match=r"loss\.temperature: expected one of \[1\.0, 2\.0\]"):
         check(source(), DistillationLoss(temperature=3.0), cache)
+    check(source(), DistillationLoss("on_policy"), cache)
+    with pytest.raises(ConfigError, match=r"loss\.max_ratio: expected sampled_logprob in .*small\.zarr, found none"):
+        check(source(), DistillationLoss("on_policy", max_ratio=2.0), cache)
+    with (
+        mock.patch.object(TeacherCache, "arrays", cache.arrays - {"next_logprob"}),
+        pytest.raises(
+            ConfigError, match=r"expected next_logprob in .*small\.zarr with on_policy, found none: it is of"
+        ),
+    ):
+        check(source(), DistillationLoss("on_policy"), cache)
 
 
 def test_figures_of_an_evaluation() -> None:

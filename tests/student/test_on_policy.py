@@ -1,18 +1,24 @@
 """The loss of on_policy, in float64: the policy gradient by hand, and the gradient of reverse KL by enumeration."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from distill import DistillationLoss, Learner
+from distill import DistillationLoss, Learner, TeacherCache, collate
 from distill.errors import ConfigError
+from distill.hf import DistillationTrainer
 from distill.student.divergence import on_policy
-from distill.student.evaluate import measured_on_policy
-from tests.support import build_model
+from distill.student.evaluate import evaluate, measured_on_policy
+from tests.support import build_model, generate_here, make_tokenizer
 
 V, T, START = 5, 4, 0
 PREFIXES = [
@@ -239,3 +245,68 @@ def test_the_figures_of_an_evaluation() -> None:
     torch.testing.assert_close(found, torch.stack([kl, kl - unknown, entropy], dim=1), rtol=1e-5, atol=1e-6)
     none = measured_on_policy(q[1:2].float(), {"next_tokens": torch.tensor([-1]), "next_logprob": torch.zeros(1)})
     assert none[:2].tolist() == [0, 0]
+
+
+def test_a_store_of_rollouts(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """From ids in a file through a store to loss, gradient and held-out figures, beside the logits of both models.
+
+    With a loop of one's own, packed and not, and with the Trainer.
+    """
+    random = np.random.default_rng(0)
+    examples = []
+    for length in (5, 2, 17, 9):
+        prompt, completion = (random.integers(6, 262, size).tolist() for size in (1 + length // 2, length))
+        said = random.uniform(-8, -4, length).tolist()
+        examples.append({"prompt_ids": prompt, "completion_ids": completion, "logprobs": said})
+    (tmp_path / "x.jsonl").write_text("".join(f"{json.dumps(example)}\n" for example in examples))
+    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={tmp_path / 'x.jsonl'}"]
+    cache = TeacherCache(str(generate_here(tmp_path, *arguments, f"store.path={tmp_path / 'x.zarr'}")))
+
+    teacher = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    student, loss = build_model("qwen3"), DistillationLoss("on_policy", max_advantage=0.5, max_ratio=2.0)
+    terms, figures, bounded = [], torch.zeros(3), []
+    for example in examples:
+        ids = torch.tensor(example["prompt_ids"] + example["completion_ids"])[None]
+        wrote = torch.arange(len(example["prompt_ids"]), ids.shape[1])
+        q, p = (model(ids).logits[0].log_softmax(dim=1)[wrote - 1] for model in (student, teacher))
+        own, advantage = q.gather(1, ids[0, wrote, None])[:, 0], (p - q).gather(1, ids[0, wrote, None])[:, 0].detach()
+        ratio = (own.detach() - torch.tensor(example["logprobs"])).exp()
+        bounded += [advantage.abs() > 0.5, ratio > 2]
+        terms.append(-ratio.clamp(max=2) * advantage.clamp(-0.5, 0.5) * own)
+        figures += torch.stack([-advantage.sum(), (advantage.expm1() - advantage).sum(), -(q.exp() * q).sum().detach()])
+    count = sum(map(len, terms))
+    assert all(0 < torch.cat(bounded[i::2]).float().mean() < 1 for i in range(2))
+    expected = gradient(student, torch.cat(terms).sum() / count)
+
+    batch = collate(list(cache))
+    assert int(batch["loss_mask"].sum()) == count
+    values = []
+    for packed in (False, True):
+        total = Learner(student, loss, cache.temperatures, packed)(batch) / count
+        values.append(total.item())
+        torch.testing.assert_close(
+            gradient(student, total), expected, rtol=0.01, atol=0.003 * float(expected.abs().max())
+        )
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+        per_device_eval_batch_size=3, logging_steps=1, save_strategy="no", learning_rate=0.0,
+    )  # fmt: skip
+    run = DistillationTrainer(
+        student,
+        args,
+        train_dataset=cache,
+        eval_dataset=cache,
+        processing_class=make_tokenizer(),
+        distillation_loss=loss,
+    )
+    values += [run.evaluate()["eval_loss"], run.train().training_loss]
+    assert values == pytest.approx([values[0]] * 4, rel=1e-5)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        measured = evaluate(Learner(student, loss, [1.0], packed=True), cache, 3, torch.device("cpu"), on_policy=True)
+    finally:
+        dist.destroy_process_group()
+    assert list(measured.values())[-3:] == pytest.approx((figures / count).tolist(), rel=0.01, abs=1e-3)
+    assert list(measured)[-3:] == ["log_ratio", "reverse_kl", "entropy"]
+    assert measured["tokens"] == count
