@@ -3,11 +3,13 @@
     python -m tests.benchmarks.loss_memory [rounds=3] [tokens=4096] [hidden=576] [vocabulary=49152] [k=64]
 
 chunked   DistillationLoss().from_hidden: head, softmax and KL for 1024 rows at a time, the head once more going back
+on_policy DistillationLoss("on_policy").from_hidden, the same way
 naive     logits [N, V] of all rows in float32, log_softmax, gather, KL with the tail's bucket, as it is written today
 
 Each way in a process of its own, in turn, `rounds` times; medians of the ratios. All is float32, with gradients to the
-hidden states and to the head; loss and gradients are the same, which is checked. The peak is what is needed beyond the
-inputs and the program: on a CPU of the resident set, on a GPU (taken if there is one) torch.cuda.max_memory_allocated.
+hidden states and to the head; loss and gradients of naive and chunked are the same, which is checked. The peak is what
+is needed beyond the inputs and the program: on a CPU of the resident set, on a GPU (taken if there is one)
+torch.cuda.max_memory_allocated.
 The fused losses of liger-kernel are no third way: they want the teacher's logits or hidden states in full, and a store
 does not hold them.
 """
@@ -54,6 +56,7 @@ def inputs(sizes: dict[str, int], device: torch.device) -> tuple[Tensor, torch.n
         "tail_logprob": logprobs[..., -1:],
         "logsumexp": torch.zeros(1, n, 1),
         "next_tokens": torch.randint(sizes["vocabulary"], (1, n)),
+        "next_logprob": -5 * torch.rand(1, n),
         "loss_mask": torch.ones(1, n, dtype=torch.bool),
     }
     return hidden, head, Batch({name: values.to(device) for name, values in batch.items()})
@@ -63,7 +66,7 @@ def measure(way: str, sizes: dict[str, int]) -> dict[str, float]:
     """One forward and backward pass: peak MiB, seconds, and what came out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden, head, batch = inputs(sizes, device)
-    loss = DistillationLoss()
+    loss = DistillationLoss("on_policy" if way == "on_policy" else "forward_kl")
     if device.type == "cuda":  # the first pass initialises libraries; on a CPU it would be the peak
         run(way, loss, hidden, head, batch).backward()
         hidden.grad, head.weight.grad = None, None
@@ -83,7 +86,7 @@ def measure(way: str, sizes: dict[str, int]) -> dict[str, float]:
 
 def run(way: str, loss: DistillationLoss, hidden: Tensor, head: torch.nn.Linear, batch: Batch) -> Tensor:
     """The forward pass."""
-    if way == "chunked":
+    if way != "naive":
         return loss.from_hidden(hidden, head, batch, [1.0])
     rows = {name: values[0] for name, values in batch.items()}
     return naive(head(hidden)[0].float(), loss.target(rows, [1.0], head.out_features))
@@ -97,12 +100,12 @@ def peak_mib(device: torch.device) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Run both in turn, print each round, then the medians."""
+    """Run all in turn, print each round, then the medians."""
     if arguments[:1] == ["measure"]:
         print(json.dumps(measure(arguments[1], json.loads(arguments[2]))))
         return
     sizes = DEFAULTS | {name: int(value) for name, value in (argument.split("=") for argument in arguments)}
-    found: dict[str, list[dict[str, Any]]] = {"naive": [], "chunked": []}
+    found: dict[str, list[dict[str, Any]]] = {"naive": [], "chunked": [], "on_policy": []}
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{sizes}, float32, torch {torch.__version__}, {where}")
     for number in range(sizes["rounds"]):
@@ -115,10 +118,11 @@ def main(arguments: list[str]) -> None:
     for quantity in ("loss", "gradients"):
         assert abs(found["naive"][0][quantity] / found["chunked"][0][quantity] - 1) < 1e-3, (quantity, found)
     for quantity in ("MiB", "seconds"):
-        pairs = list(zip(found["naive"], found["chunked"], strict=True))
-        ratios = [chunked[quantity] / plain[quantity] for plain, chunked in pairs]
-        spread = f"from {min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{quantity}: chunked is {statistics.median(ratios):.2f}x naive ({spread})")
+        for way in ("chunked", "on_policy"):
+            pairs = zip(found["naive"], found[way], strict=True)
+            ratios = [ours[quantity] / plain[quantity] for plain, ours in pairs]
+            spread = f"from {min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"{quantity}: {way} is {statistics.median(ratios):.2f}x naive ({spread})")
 
 
 if __name__ == "__main__":
