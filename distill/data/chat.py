@@ -48,17 +48,8 @@ class ChatEncoder:
         Raises DataError where the template refuses the chat or loses words of it, and where it cannot be told which
         words are the assistant's.
         """
-        template = self._template or self._tokenizer.get_chat_template(None, tools)
-        given = {**self._tokenizer.special_tokens_map, **self._variables, **(variables or {})}
-
-        def render(turns: list[Message], prompt: bool = False, marks: bool = False) -> Any:
-            return self._render(template, turns, tools, given, prompt, marks)
-
-        given_words = json.dumps([messages, tools, list(given.values())], ensure_ascii=False, default=str) + template
-        messages, text = _faithful(render, messages, given_words, where)
-        lost = tools and not all(name in text for name in map(_name_of, tools))
-        notes = ("have tools, which the chat template leaves out",) if lost else ()
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        render, messages, text, notes = self._begin(messages, where, tools, variables)
+        if re.search(r"\{%-?\s*generation\s*-?%\}", self._template_for(tools)):
             _, ranges = render(messages, marks=True)
             ranges = ranges[0] if ranges and isinstance(ranges[0], list) else ranges
             boundary = _position(render(messages[:first]), messages[first - 1], text, 0, alone=False) if first else 0
@@ -73,6 +64,46 @@ class ChatEncoder:
         encoded = encoding(self._tokenizer, text, where, add_special_tokens=False, return_offsets_mapping=True)
         trained = [any(a < end and b > begin for begin, end in ranges) for a, b in encoded["offset_mapping"]]
         return list(encoded["input_ids"]), trained, notes
+
+    def prompt(
+        self,
+        messages: list[Message],
+        where: str,
+        tools: list[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """The tokens that the model is given to write the next message of a chat, and notes as in `encode`.
+
+        Raises DataError as `encode` does, and where the template has no words before an answer.
+        """
+        render, messages, text, notes = self._begin(messages, where, tools, variables)
+        try:
+            before, opening = _before(render, messages, text)
+        except Exception as error:  # whatever a template raises on purpose
+            raise DataError(f"dataset: the chat template refuses {where}: {first_line(error)}") from error
+        found = opening or _opening(render, messages, before)
+        if found is None:
+            raise DataError(f"dataset: expected a chat template with a generation prompt for {where}, found none in it")
+        encoded = encoding(self._tokenizer, before + found, where, add_special_tokens=False)
+        return list(encoded["input_ids"]), notes
+
+    def _template_for(self, tools: list[Any] | None) -> str:
+        return str(self._template or self._tokenizer.get_chat_template(None, tools))
+
+    def _begin(
+        self, messages: list[Message], where: str, tools: list[Any] | None, variables: Mapping[str, Any] | None
+    ) -> tuple[Callable[..., Any], list[Message], str, tuple[str, ...]]:
+        """How turns of a chat are rendered, the messages as the template wants them, their text, and notes."""
+        template = self._template_for(tools)
+        given = {**self._tokenizer.special_tokens_map, **self._variables, **(variables or {})}
+
+        def render(turns: list[Message], prompt: bool = False, marks: bool = False) -> Any:
+            return self._render(template, turns, tools, given, prompt, marks)
+
+        given_words = json.dumps([messages, tools, list(given.values())], ensure_ascii=False, default=str) + template
+        messages, text = _faithful(render, messages, given_words, where)
+        lost = tools and not all(name in text for name in map(_name_of, tools))
+        return render, messages, text, ("have tools, which the chat template leaves out",) if lost else ()
 
     def _render(
         self, template: str, turns: list[Message], tools: Any, given: dict[str, Any], prompt: bool, marks: bool

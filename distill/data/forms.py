@@ -67,13 +67,20 @@ class Chats(Form):
         if not row.get(column):
             return Encoded([], dropped=empty(row, (column,)))
         where = f"{column!r} of {where}"
+        messages, tools, variables = self._turns(row, column, before, where, has_system)
+        return Encoded(*self._chats.encode(messages, where, tools, variables, len(before)))
+
+    def _turns(
+        self, row: Row, column: str, before: list[Any], where: str, has_system: bool
+    ) -> tuple[list[Any], Any, Any]:
+        """The messages of a chat, and what the template is given beside them: tools and variables."""
         messages = [*before, *normalize(row[column], where)]
         system = row.get("system") if has_system else None
         if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         tools = parsed(row.get("tools"), list, "dataset: tools", where)
         variables = parsed(row.get("chat_template_kwargs"), dict, "dataset: chat_template_kwargs", where)
-        return Encoded(*self._chats.encode(messages, where, tools, variables, len(before)))
+        return messages, tools, variables
 
 
 class ShareGpt(Chats):

@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-_UNITS = {"tok": "tokens", "step": "steps"}
+_UNITS = {"tok": "tokens", "step": "steps", "rollout": "rollouts"}
 
 
 class Bar:
     """A progress bar: stepped by its owner, or, with `read`, polled twice a second for what all workers have done.
 
-    unit: tok or step
+    unit: tok, step or rollout
     read: returns how much was done in this run, and a postfix
     """
 

@@ -13,7 +13,8 @@ share      Share: what differs on a worker that holds a part. pipeline: decoder_
 text       outside: what a multimodal model has beside its language model, and how a teacher does without
 model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by slice
 backbone   where a model is taken apart: backbone and output head
-check      what a model must be: causal, and at which lengths it changes
+check      what a model must be: causal, and at which lengths it changes; probe, relative_difference, rope_switch,
+           forget_lengths
 method     capture: what is kept of the logits; capture: the k most probable ids; sample: a sample of them
 audit      audit, report: whether a store is what its teacher says
 worker     Worker, Totals: from tokens to committed blocks
