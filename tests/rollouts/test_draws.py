@@ -17,7 +17,8 @@ def by_hand(logits: NDArray[np.float64], temperature: float, top_p: float) -> ND
         if mass < top_p:
             kept[i] = True
         mass += p[i]
-    return np.where(kept, p, 0.0) / p[kept].sum()
+    found: NDArray[np.float64] = np.where(kept, p, 0.0) / p[kept].sum()
+    return found
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (1.7, 0.8)])
