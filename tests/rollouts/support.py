@@ -17,6 +17,7 @@ from distill.rollouts.prompts import Prompts, Reader
 from distill.rollouts.sampling import Sampler, stop_ids
 from distill.rollouts.worker import Worker
 from distill.run.board import Board
+from distill.run.device import pick_device
 from distill.run.grid import Grid
 from distill.run.watch import Watch
 from distill.settings import load
@@ -46,7 +47,8 @@ def roll_out(*arguments: str) -> list[dict[str, Any]]:
     """What distill.rollout does, by one worker, in this process. Returns the rollouts."""
     config = load(RolloutConfig, arguments)
     Path(config.log_dir).mkdir(parents=True, exist_ok=True)
-    grid, board, device = Grid(), Board(torch.distributed.HashStore()), torch.device("cpu")
+    grid, board = Grid(), Board(torch.distributed.HashStore())
+    device = pick_device("device", "cpu", 0, 1)
     source = prepare.find(config)
     job = prepare.plan_job(config, grid, board, source, device)
     if job is not None:
