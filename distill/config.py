@@ -281,8 +281,10 @@ class RolloutStudentConfig:
 class PromptsConfig:
     """What the student continues: texts, chats, prompts, or the samples of a store."""
 
-    path: str | None = key(
-        None, "hub id, file, glob, folder, save_to_disk folder, or a store (folder or URL); docs/data.md", path=True
+    path: str = key(
+        "demo",
+        "hub id, file, glob, folder, save_to_disk folder, a store (folder or URL), or demo; docs/data.md",
+        path=True,
     )
     name: str | None = key(None, "configuration of the dataset, as in datasets.load_dataset")
     split: str = key("train", "split of the dataset; where there is only one, that one instead of train")

@@ -61,8 +61,6 @@ class Reader:
 
     def __init__(self, config: PromptsConfig, source: Source) -> None:
         """source: the student's. Raises UserError where there are none."""
-        if config.path is None:
-            raise ConfigError("prompts.path: expected a dataset or a store, found none")
         self._config, self._source, self._path = config, source, config.path
         self._is_store = "://" in self._path or (Path(self._path) / "zarr.json").is_file()
         with of_prompts():

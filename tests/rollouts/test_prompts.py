@@ -157,10 +157,8 @@ def test_refusals_name_the_key(rows: list[Any], arguments: list[str], said: str,
 
 
 def test_no_prompts(student: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^prompts\.path: expected a dataset or a store, found none$"):
-        read(student)
     with pytest.raises(UserError, match=r"^prompts\.path: found no file or folder /nowhere\.jsonl$"):
         read(student, "prompts.path=/nowhere.jsonl")
     with pytest.raises(UserError, match=r"^student\.model=.*expected a Hugging Face id or a model's folder"):
         read(tmp_path / "none", "prompts.path=demo")
-    assert len(read(student, "prompts.path=demo", "prompts.max_samples=2")) == 2
+    assert len(read(student, "prompts.max_samples=2")) == 2
