@@ -12,11 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.errors import ConfigError, DataError
+from distill.errors import ConfigError, DataError, StorageError
 from distill.reading.cache import TeacherCache
 from tests.processes import children
 from tests.rollouts.support import command, roll_out, rows_of, run, write
-from tests.support import environment, generate_here, make_tokenizer, open_raw, save_model, tree, wait_for
+from tests.support import (
+    environment,
+    generate_here,
+    make_tokenizer,
+    open_raw,
+    remount,
+    save_model,
+    small_disk,
+    tree,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +159,28 @@ def test_a_teacher_is_asked_about_each_id(expected: Path, tmp_path: Path) -> Non
         generate_here(
             tmp_path, f"teacher.model={teacher}", f"dataset.path={unfinished}", f"store.path={tmp_path}/y.zarr"
         )
+
+
+def test_a_full_disk(expected: Path, settings: list[str], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "40k") as disk:
+        arguments = [*settings, f"output={disk / 'out'}", f"log_dir={tmp_path}"]
+        with pytest.raises(StorageError, match=r"^output: cannot write .*\.parquet: No space left on device$"):
+            roll_out(*arguments)
+        assert not list(disk.rglob("*.partial"))
+        there = {name: file for name, file in tree(disk / "out").items() if name.endswith(".parquet")}
+        assert there.items() < tree(expected).items()
+        remount(disk, "size=8m")
+        roll_out(*arguments)
+        assert tree(disk / "out") == tree(expected)
+
+
+def test_a_turn_that_ends_no_rollout_is_told(student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A base model's tokenizer may end texts otherwise than its chat template ends turns."""
+    path = write(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": "2 + 2?"}]}])
+    settings = [f"student.model={student}", f"prompts.path={path}", f"log_dir={tmp_path}", "sampling.max_new_tokens=4"]
+    said = "the chat template ends a turn with '<|end|>', which ends no rollout: sampling.stop=[5]"
+    roll_out(*settings, f"output={tmp_path / 'a'}")
+    assert said in caplog.text
+    caplog.clear()
+    roll_out(*settings, f"output={tmp_path / 'b'}", "sampling.stop=[5]")
+    assert "ends a turn" not in caplog.text

@@ -1,7 +1,8 @@
 """One token after the other, each drawn by one number.
 
 The number u of a token follows from the seed, its prompt, its rollout and its position alone. The token is the first
-whose cumulative probability is above u. So a rollout does not depend on those beside it, nor on who writes it.
+whose cumulative probability is above u. So a rollout does not depend on those beside it, nor on who writes it, but for
+the rounding of the model's logits.
 
 B rollouts of a batch, V vocabulary, n tokens at most.
 """

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from distill.errors import ConfigError
+from distill.errors import ConfigError, StorageError, disk_failure
 from distill.rollouts.prompts import Prompts
 from distill.run.nodes import PROBE
 from distill.store.fingerprint import differences
@@ -120,7 +120,7 @@ class Parts:
         return self.folder / f"part_{part:06d}.parquet"
 
     def write(self, part: int, rows: Sequence[Row]) -> None:
-        """Write a part. The same rows make the same bytes."""
+        """Write a part. The same rows make the same bytes. Raises StorageError where the disk is full, or fails."""
         columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), _SCHEMA.types, strict=True)]
         table = pa.Table.from_arrays(columns, schema=_SCHEMA)
         self._write(
@@ -134,10 +134,12 @@ class Parts:
             with unfinished.open("wb") as file:
                 write(file)
             fsync(unfinished)
-        except BaseException:
+        except Exception as error:
             with contextlib.suppress(OSError):  # what is there of it would fill a full disk
                 unfinished.unlink()
-            raise
+            if not (failure := disk_failure(error)):
+                raise
+            raise StorageError(f"output: cannot write {path}: {failure}") from error
         unfinished.rename(path)
         fsync(path.parent)
 

@@ -109,7 +109,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """What the rollouts follow from, as a flat mapping: settings, and the contents of files.
 
-    batch.sequences is not among them: rollouts do not depend on those beside them.
+    batch.sequences is not among them: it changes rounding only, and a run that lacks memory may go on with fewer.
     """
     read_as = {"path", "data_files", "chat_template"}  # their contents are in the reader's identity
     return {

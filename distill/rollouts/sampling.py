@@ -162,7 +162,7 @@ class Sampler:
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"batch.sequences: expected so many that {len(prompts)} sequences of up to {longest + limit:,} tokens "
-                f"fit into the memory of {self._device}; fewer do not change the rollouts"
+                f"fit into the memory of {self._device}; the run may go on with fewer"
             ) from error
         return found[:, longest:]
 

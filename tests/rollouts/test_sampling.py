@@ -42,24 +42,54 @@ def expect_equal(found: list[Rollout], expected: list[Rollout]) -> None:
         assert one.finished == other.finished
 
 
+def by_a_forward(
+    model: Any, prompt: NDArray[np.int32], rollout: Rollout, temperature: float = 1.0, top_p: float = 1.0
+) -> NDArray[np.float32]:
+    """The log-probabilities of a rollout's ids, by one forward pass over prompt and rollout."""
+    ids = torch.from_numpy(np.concatenate([prompt, rollout.ids]).astype(np.int64))
+    with torch.no_grad():
+        logits = model(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    logits[:, 262:] = -torch.inf
+    found = log_distribution(logits, temperature, top_p).gather(1, ids[len(prompt) :, None])[:, 0]
+    return np.asarray(found.numpy())
+
+
 @pytest.mark.parametrize("settings", [(), ("sampling.temperature=0.7", "sampling.top_p=0.9")])
 def test_what_is_recorded_is_what_a_plain_forward_says(student: Path, settings: tuple[str, ...]) -> None:
     sampler = sampler_of(student, "sampling.max_new_tokens=60", *settings)
     temperature, top_p = (0.7, 0.9) if settings else (1.0, 1.0)
     ends = 0
     for prompt, rollout in zip(PROMPTS, write(sampler), strict=True):
-        ids = torch.from_numpy(np.concatenate([prompt, rollout.ids]).astype(np.int64))
-        with torch.no_grad():
-            logits = sampler._model(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        logits[:, 262:] = -torch.inf
-        expected = log_distribution(logits, temperature, top_p).gather(1, ids[len(prompt) :, None])[:, 0]
-        assert np.allclose(rollout.logprobs, expected.numpy(), atol=1e-4)
+        expected = by_a_forward(sampler._model, prompt, rollout, temperature, top_p)
+        assert np.allclose(rollout.logprobs, expected, atol=1e-4)
         assert rollout.ids.max() < 262, "an id that the tokenizer lacks"
         assert (rollout.ids[:-1] != 2).all()
         assert rollout.finished == (rollout.ids[-1] == 2)
         assert rollout.finished or len(rollout.ids) == 60
         ends += rollout.finished
     assert 0 < ends < len(PROMPTS), "choose another seed: rollouts of both kinds are to be looked at"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "longrope", "gemma3", "qwen3_vl"])
+def test_other_models(name: str, tmp_path: Path) -> None:
+    sampler = sampler_of(save_model(name, tmp_path / name), "sampling.max_new_tokens=12")
+    assert sampler.even == (name == "longrope")
+    for batch in sampler.batches([len(prompt) for prompt in PROMPTS]):
+        found = write(sampler, [PROMPTS[i] for i in batch], [NUMBERS[i] for i in batch])
+        for i, rollout in zip(batch, found, strict=True):
+            assert np.allclose(rollout.logprobs, by_a_forward(sampler._model, PROMPTS[i], rollout), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+def test_an_adapter_is_merged(student: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    from tests.teacher.test_adapter import save_adapter  # skips without peft
+
+    adapter = save_adapter(student, tmp_path / "adapter")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    for prompt, rollout in zip(PROMPTS, write(sampler_of(adapter, "sampling.max_new_tokens=8")), strict=True):
+        assert np.allclose(rollout.logprobs, by_a_forward(adapted, prompt, rollout), atol=1e-3)
 
 
 def test_neighbours_and_random_state_change_nothing(student: Path) -> None:
