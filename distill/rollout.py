@@ -69,15 +69,15 @@ def rollout(config: RolloutConfig, grid: Grid, session: Session) -> None:
     # 3. deal
     mine = grid.deal(job.missing)
     with Watch(board, grid, config.timeout_seconds, session.abort) as watch:
-        model = prepare.load(config, source, device)
-        watch.follow(model)
-        watch.beat()
-        sampler = Sampler(model, source, config.sampling, job.stops, config.batch.sequences)
-        worker = Worker(config, job, sampler, source.tokenizer, board, watch, mine)
+        worker = Worker(config, job, source.tokenizer, board, watch)
         total, done = job.rollouts(config)
         bar = session.bar(total, done, "rollouts", "rollout", worker.progress)
         # 4. write, 5. keep
-        worker.work()
+        if mine:
+            model = prepare.load(config, source, device)
+            watch.follow(model)
+            watch.beat()
+            worker.work(Sampler(model, source, config.sampling, job.stops, config.batch.sequences), mine)
         watch.rest()
         # 6. finish
         finish(config, grid, board, job.parts, worker.totals, bar)

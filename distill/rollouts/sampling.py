@@ -4,6 +4,7 @@ Nothing of a checkpoint's generation settings has a say but its ids that end a t
 them would change the distribution without a word.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -42,10 +43,10 @@ def stop_ids(source: Source, stop: Sequence[int | str]) -> list[int]:
 
     Raises ConfigError for a text that is not one token, or an id that the model lacks.
     """
-    try:
-        found = json.loads((source.folder / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError):
-        found = getattr(source.text_config, "eos_token_id", None)
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        settings = json.loads((source.folder / "generation_config.json").read_text())
+    found = settings.get("eos_token_id", getattr(source.text_config, "eos_token_id", None))
     ids = {*(found if isinstance(found, list) else [found]), source.tokenizer.eos_token_id} - {None}
     vocabulary = source.tokenizer.get_vocab()
     for token in stop:

@@ -20,21 +20,17 @@ _REPORT_SECONDS = 0.5
 class Worker:
     """Does the parts that are dealt to it."""
 
-    def __init__(
-        self, config: RolloutConfig, job: Job, sampler: Sampler, tokenizer: Any, board: Board, watch: Watch,
-        dealt: list[int],
-    ) -> None:  # fmt: skip
-        self._config, self._job, self._sampler, self._tokenizer = config, job, sampler, tokenizer
-        self._board, self._watch, self._dealt = board, watch, dealt
+    def __init__(self, config: RolloutConfig, job: Job, tokenizer: Any, board: Board, watch: Watch) -> None:
+        self._config, self._job, self._tokenizer, self._board, self._watch = config, job, tokenizer, board, watch
         self.totals = Totals()
-        self._untold, self._told = [0, 0], time.monotonic()
-        self._began = time.monotonic()
+        self._open, self._untold = 0, [0, 0]
+        self._told = self._began = time.monotonic()
 
-    def work(self) -> None:
-        """Write each part, from its prompts to its file."""
+    def work(self, sampler: Sampler, dealt: list[int]) -> None:
+        """Write each of these parts, from its prompts to its file."""
         self._began = time.monotonic()
-        for part in self._dealt:
-            rows = self._rows(part)
+        for part in dealt:
+            rows = self._rows(sampler, part)
             self._job.parts.write(part, rows)
             logger.info("part %d is finished: %d rollouts", part, len(rows), extra={"console": False})
         self.totals.seconds = time.monotonic() - self._began
@@ -44,17 +40,17 @@ class Worker:
         seconds = time.monotonic() - self._began
         return self._board.add("rollouts", 0), f"{self._board.add('tokens', 0) / seconds:,.0f} tok/s"
 
-    def _rows(self, part: int) -> list[Row]:
+    def _rows(self, sampler: Sampler, part: int) -> list[Row]:
         """The rollouts of one part, prompt after prompt."""
         prompts, size, n = self._job.prompts, self._config.batch.part_prompts, self._config.sampling.n
         which = [(i, sample) for i in range(part * size, min(len(prompts), (part + 1) * size)) for sample in range(n)]
         texts = [prompts[i] for i, _ in which]
         rows: dict[int, Row] = {}
-        for batch in self._sampler.batches([len(text) for text in texts]):
+        for batch in sampler.batches([len(text) for text in texts]):
             self._watch.beat()
             numbers = [(int(prompts.numbers[which[j][0]]), which[j][1]) for j in batch]
             self._open = len(batch)
-            found = self._sampler.write([texts[j] for j in batch], numbers, self._heard)
+            found = sampler.write([texts[j] for j in batch], numbers, self._heard)
             self._heard(0, self._open, now=True)  # those that reached their limit
             for j, number, rollout in zip(batch, numbers, found, strict=True):
                 said = rollout.ids[:-1] if rollout.finished else rollout.ids

@@ -56,7 +56,7 @@ def roll_out(*arguments: str) -> list[dict[str, Any]]:
             prepare.load(config, source, device), source, config.sampling, job.stops, config.batch.sequences
         )
         watch = Watch(board, grid, 600.0, lambda error: None)
-        Worker(config, job, sampler, source.tokenizer, board, watch, job.missing).work()
+        Worker(config, job, source.tokenizer, board, watch).work(sampler, job.missing)
     return rows_of(Path(config.output))
 
 
