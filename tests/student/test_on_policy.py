@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distill import DistillationLoss, Learner, TeacherCache, collate
+from distill.config import TrainConfig
 from distill.errors import ConfigError
 from distill.hf import DistillationTrainer
 from distill.student.divergence import on_policy
 from distill.student.evaluate import evaluate, measured_on_policy
+from distill.student.metrics import evaluations
+from distill.student.training import Training
 from tests.support import build_model, generate_here, make_tokenizer
 
 V, T, START = 5, 4, 0
@@ -305,8 +309,13 @@ def test_a_store_of_rollouts(model_folder: Callable[[str], Path], tmp_path: Path
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         measured = evaluate(Learner(student, loss, [1.0], packed=True), cache, 3, torch.device("cpu"), on_policy=True)
+        keeper: Any = mock.Mock(step=0)
+        config = TrainConfig(output=str(tmp_path / "out"))  # forward KL: the store says that these are rollouts
+        Training(config, student, DistillationLoss(), cache, keeper, 1, torch.device("cpu"))._evaluate()
     finally:
         dist.destroy_process_group()
     assert list(measured.values())[-3:] == pytest.approx((figures / count).tolist(), rel=0.01, abs=1e-3)
     assert list(measured)[-3:] == ["log_ratio", "reverse_kl", "entropy"]
     assert measured["tokens"] == count
+    (line,) = evaluations(tmp_path / "out" / "metrics.jsonl")
+    assert line["held_out"] == pytest.approx(measured, rel=1e-5)
