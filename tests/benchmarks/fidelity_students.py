@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from torch.nn.functional import cross_entropy, linear
 from tests.benchmarks.fidelity_models import Windows, encode, hidden_states, load, split, student_of
 from tests.benchmarks.fidelity_rows import METHODS, Arrays, Method, Settings, as_read, full_kl, losses, rows_of
 
+Step = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""Inputs [B, L], and from a student's logits [B, L, V] the losses of the rows that count."""
 BINS = 15
 CHUNK = 1024
 SKIPPED = ("top-64 ground_truth", "VarOpt 32", "VarOpt 128")
@@ -135,23 +137,32 @@ def train(settings: Settings, scratch: Path, seed: int, method: Method | None) -
 
 
 def optimize(student: Any, settings: Settings, method: Method, given: Seed) -> None:
-    """AdamW: linear warm-up over a tenth of the steps, then cosine decay to a tenth."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    batch = settings.tokens // settings.length
-    steps, kept = len(given.train.tokens) // batch, given.rows.get(method.kept, {})
-    warmup, empty = max(1, steps // 10), torch.empty(0)
-    student.train()
-    for step in range(steps):
-        decay = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-        optimizer.param_groups[0]["lr"] = settings.lr * ((step + 1) / warmup if step < warmup else decay)
+    """All steps of a student, on the windows of its seed."""
+    batch, kept, empty = settings.tokens // settings.length, given.rows.get(method.kept, {}), torch.empty(0)
+
+    def step_of(step: int) -> Step:
         at = slice(step * batch, (step + 1) * batch)
         some = Windows(given.train.tokens[at].to(settings.device))
         rows = as_read({name: values[at].reshape(-1, values.shape[-1]) for name, values in kept.items()}, some.next_ids)
         said = given.said[step * batch * settings.length :][: settings.tokens] if method.kind == "full" else empty
         teacher_logits = linear(said, given.head) if method.kind == "full" else empty
-        with torch.autocast(settings.device, torch.bfloat16):
-            logits = student(some.inputs).logits.flatten(0, 1)
-        losses(method, logits, rows, teacher_logits).mean().backward()
+        return some.inputs, lambda logits: losses(method, logits.flatten(0, 1), rows, teacher_logits)
+
+    learn(student, settings.lr, len(given.train.tokens) // batch, step_of)
+
+
+def learn(student: Any, lr: float, steps: int, step_of: Callable[[int], Step]) -> None:
+    """AdamW: linear warm-up over a tenth of the steps, then cosine decay to a tenth."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    warmup = max(1, steps // 10)
+    for step in range(steps):
+        decay = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+        optimizer.param_groups[0]["lr"] = lr * ((step + 1) / warmup if step < warmup else decay)
+        inputs, loss = step_of(step)
+        student.train()
+        with torch.autocast(student.device.type, torch.bfloat16):
+            logits = student(inputs).logits
+        loss(logits).mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
