@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.benchmarks.fidelity import DOCS, described
 from tests.benchmarks.fidelity_tables import spread
 from tests.benchmarks.on_policy_rows import ARMS, Settings
@@ -90,6 +92,8 @@ def main(arguments: list[str]) -> None:
     part, file, settings = parsed(arguments)
     file.parent.mkdir(parents=True, exist_ok=True)
     print(settings, flush=True)
+    if settings.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where nothing is autocast
     for each in PARTS if part == "all" else (part,):
         run(each, file, settings)
 

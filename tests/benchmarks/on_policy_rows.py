@@ -38,6 +38,7 @@ class Arm:
 ARMS = (
     Arm("kd_text", "text", DistillationLoss(), SAMPLE),
     Arm("on_policy", "rollouts", DistillationLoss("on_policy"), TOPK),  # which reads next_logprob only
+    Arm("on_policy_ratio", "rollouts", DistillationLoss("on_policy", max_ratio=2.0), TOPK),
     Arm("on_policy_live", "live", DistillationLoss("on_policy"), TOPK),
     Arm("reverse_kl", "rollouts", DistillationLoss("reverse_kl"), TOPK),
     Arm("jensen_shannon", "rollouts", DistillationLoss("jensen_shannon"), TOPK),
@@ -49,7 +50,7 @@ ARMS = (
 class Settings(fidelity_rows.Settings):
     """As for docs/fidelity.md, with other sizes."""
 
-    arms: str = "kd_text,on_policy,on_policy_live,reverse_kl"
+    arms: str = "kd_text,on_policy,on_policy_ratio,on_policy_live,reverse_kl"
     heal: int = 40  # steps of KD from the teacher's layers to the common start
     steps: int = 20
     tokens: int = 640  # of a step, prompts among them
@@ -100,6 +101,18 @@ def write(model: Any, windows: Tensor, settings: Settings, seed: int) -> Written
     written = tokens[:, length - settings.new :]
     ended = (written == end).long().cumsum(dim=1) - (written == end).long() > 0  # before this token
     return Written(tokens, pad(~ended, (length - 1 - settings.new, 0), value=False))
+
+
+@torch.no_grad()
+def own_logprob(student: Any, tokens: Tensor, settings: Settings) -> Tensor:
+    """What rollouts carry as sampled_logprob: log q of the tokens that follow, [W, L] float16."""
+    some = Windows(tokens)
+    hidden = hidden_states(student, some.inputs, settings.sequences)
+    parts = [
+        student.lm_head(part).log_softmax(dim=1).gather(1, next_ids.to(part.device)[:, None]).half().cpu()
+        for part, next_ids in zip(hidden.split(CHUNK), some.next_ids.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts).view(len(tokens), -1)
 
 
 @torch.no_grad()

@@ -20,7 +20,18 @@ from distill.student.loss import DistillationLoss
 from tests.benchmarks.fidelity_models import Windows, encode, hidden_states, load, split, student_of
 from tests.benchmarks.fidelity_rows import full_kl
 from tests.benchmarks.fidelity_students import Step, learn, ran
-from tests.benchmarks.on_policy_rows import ARMS, CHUNK, SAMPLE, Arm, Settings, Written, rows_at, said, write
+from tests.benchmarks.on_policy_rows import (
+    ARMS,
+    CHUNK,
+    SAMPLE,
+    Arm,
+    Settings,
+    Written,
+    own_logprob,
+    rows_at,
+    said,
+    write,
+)
 
 RATES = (0.3, 1.0, 3.0)
 """Times settings.lr: part sweep tries them, on a seed of its own."""
@@ -34,7 +45,7 @@ class Seed:
     rows: dict[str, dict[str, dict[str, Tensor]]]
     held_out: Windows
     said_held_out: Tensor
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # to write them, and to ask the teacher
 
 
 def measure(settings: Settings, rates: dict[str, float]) -> Iterator[dict[str, Any]]:
@@ -107,15 +118,18 @@ def prepare(settings: Settings, scratch: Path, seed: int) -> tuple[int, dict[str
     began = time.monotonic()
     rollouts = write(student, train.tokens, settings, seed)
     texts = {"text": Written(train.tokens, rollouts.mask), "rollouts": rollouts}
-    seconds, rows = {"rollouts": round(time.monotonic() - began, 1)}, {}
+    seconds = {"text": 0.0, "rollouts": time.monotonic() - began}
+    rows: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, written in texts.items():
         began = time.monotonic()
         methods = {arm.method.method: arm.method for arm in settings.compared if arm.texts == name}
         rows[name] = said(teacher, written.tokens, methods.values(), settings, seed)
-        seconds[f"teacher, {name}"] = round(time.monotonic() - began, 1)
+        seconds[name] += time.monotonic() - began
+    if any(arm.loss.max_ratio for arm in settings.compared):
+        rows["rollouts"]["topk"]["sampled_logprob"] = own_logprob(student, rollouts.tokens, settings)
     held = hidden_states(teacher, held_out.inputs, settings.sequences)
     torch.save(Seed(texts, rows, held_out, held, seconds), scratch / f"{seed}.pt")
-    return seed, seconds
+    return seed, {name: round(value, 1) for name, value in seconds.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -135,19 +149,24 @@ def read(scratch: Path, settings: Settings) -> Any:
 def train(
     settings: Settings, scratch: Path, seed: int, arm: Arm | None, rate: float
 ) -> tuple[str, int, float, dict[str, float]]:
-    """The figures of an arm's student after its training; of the start without an arm."""
+    """The figures of an arm's student after its training; of the start without an arm.
+
+    seconds_asked are those in which the student wrote what the arm trains on, and the teacher was asked about it; where
+    arms share it, each has them.
+    """
     teacher, student, given = load(settings), read(scratch, settings), prepared(scratch, seed)
-    began, tokens, spent = time.monotonic(), 0, 0.0
+    began, tokens, spent, asked = time.monotonic(), 0, 0.0, 0.0
     if arm is not None and arm.texts == "live":
         tokens, spent = run_live(student, teacher, settings, arm, rate, given.texts["text"].tokens, seed)
+        asked = spent
     elif arm is not None:
         texts = given.texts[arm.texts]
         rows = given.rows[arm.texts][arm.method.method]
         run(student, settings, arm.loss, settings.lr * rate, texts, rows)
-        tokens = int(texts.mask.sum())
+        tokens, asked = int(texts.mask.sum()), given.seconds[arm.texts]
     seconds = time.monotonic() - began - spent
     figures = evaluate(student, teacher, settings, given, seed)
-    figures |= {"tokens": tokens, "rate": rate, "seconds": round(seconds, 1), "seconds_live": round(spent, 1)}
+    figures |= {"tokens": tokens, "rate": rate, "seconds": round(seconds, 1), "seconds_asked": round(asked, 1)}
     return arm.name if arm else "start", seed, rate, figures
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.benchmarks import on_policy
 from tests.benchmarks.fidelity_models import Windows
-from tests.benchmarks.on_policy_rows import ARMS, TOPK, Settings, Written, rows_at, said, write
+from tests.benchmarks.on_policy_rows import ARMS, TOPK, Settings, Written, own_logprob, rows_at, said, write
 from tests.benchmarks.on_policy_students import RATES, Seed, chosen, evaluate, repetition
 from tests.support import build_model
 
@@ -62,12 +62,15 @@ def test_what_is_written_is_as_frequent_as_it_is_probable() -> None:
 def test_rows_are_those_of_the_tokens_that_follow() -> None:
     teacher, student = models()
     written = write(student, prompts(), SMALL, 0)
-    rows = rows_at(said(teacher, written.tokens, [TOPK], SMALL, 0)["topk"], written, "cpu")
+    found = said(teacher, written.tokens, [TOPK], SMALL, 0)["topk"]
+    rows = rows_at(found | {"sampled_logprob": own_logprob(student, written.tokens, SMALL)}, written, "cpu")
     with torch.no_grad():
+        q = student(written.tokens).logits.log_softmax(dim=2)[:, :-1][written.mask]
         p = teacher(written.tokens).logits.log_softmax(dim=2)[:, :-1][written.mask]
     following = torch.cat([tokens[1:][mask] for tokens, mask in zip(written.tokens, written.mask, strict=True)])
     assert torch.equal(rows["next_tokens"], following)
     assert torch.allclose(rows["next_logprob"], p.gather(1, following[:, None])[:, 0], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(rows["sampled_logprob"], q.gather(1, following[:, None])[:, 0], rtol=1e-3, atol=1e-3)
     assert torch.allclose(rows["target_logprobs"][:, 0], p.amax(dim=1), rtol=2e-2)
 
 
