@@ -9,7 +9,7 @@ import torch
 
 from tests.benchmarks import on_policy
 from tests.benchmarks.fidelity_models import Windows
-from tests.benchmarks.on_policy_rows import ARMS, TOPK, Settings, Written, own_logprob, rows_at, said, write
+from tests.benchmarks.on_policy_rows import ARMS, TOPK, Settings, as_written, rows_at, said, write
 from tests.benchmarks.on_policy_students import RATES, Seed, chosen, evaluate, repetition
 from tests.support import build_model
 
@@ -62,8 +62,7 @@ def test_what_is_written_is_as_frequent_as_it_is_probable() -> None:
 def test_rows_are_those_of_the_tokens_that_follow() -> None:
     teacher, student = models()
     written = write(student, prompts(), SMALL, 0)
-    found = said(teacher, written.tokens, [TOPK], SMALL, 0)["topk"]
-    rows = rows_at(found | {"sampled_logprob": own_logprob(student, written.tokens, SMALL)}, written, "cpu")
+    rows = rows_at(said(teacher, written.tokens, [TOPK], SMALL, 0)["topk"], written, "cpu")
     with torch.no_grad():
         q = student(written.tokens).logits.log_softmax(dim=2)[:, :-1][written.mask]
         p = teacher(written.tokens).logits.log_softmax(dim=2)[:, :-1][written.mask]
@@ -99,9 +98,9 @@ def test_figures_are_those_of_what_the_student_writes() -> None:
 def test_repetition_counts_what_came_before() -> None:
     tokens = torch.tensor([[9, 1, 2, 3, 4, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5, 6, 7, 8, 0]])
     mask = torch.ones(2, 9, dtype=torch.bool)
-    assert repetition(Written(tokens, mask)) == 1 / 12
+    assert repetition(as_written(tokens, mask)) == 1 / 12
     mask[0, 7:] = False  # the end of it is not written: 1 2 3 4 1 2 3
-    assert repetition(Written(tokens, mask)) == 0
+    assert repetition(as_written(tokens, mask)) == 0
 
 
 def test_the_whole_study(model_folder: Any, texts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,15 +8,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import GenerationConfig
 
 from distill.config import CaptureConfig
+from distill.rollouts.draws import Draws, uniforms
 from distill.student.loss import DistillationLoss
+from distill.teacher import sample
 from distill.teacher.capture import round_logprobs
 from distill.teacher.method import capture
-from distill.teacher.sample import uniforms
 from tests.benchmarks import fidelity_rows
 from tests.benchmarks.fidelity_models import Windows, hidden_states
 
@@ -68,51 +71,52 @@ class Settings(fidelity_rows.Settings):
 
 @dataclass(frozen=True)
 class Written:
-    """Windows, tokens [W, L + 1], and which rows are trained on, mask [W, L]."""
+    """Windows, tokens [W, L + 1], and which rows are trained on, mask [W, L].
+
+    logprobs: [W, L] float32, log q of the token that follows, where a student has written it
+    """
 
     tokens: Tensor
     mask: Tensor
+    logprobs: Tensor
 
     def __getitem__(self, at: slice) -> "Written":
-        return Written(self.tokens[at], self.mask[at])
+        return Written(self.tokens[at], self.mask[at], self.logprobs[at])
+
+
+def as_written(tokens: Tensor, mask: Tensor) -> Written:
+    """Text, [W, L + 1], as if it had been written: no student knows how likely it was."""
+    return Written(tokens, mask, torch.full(mask.shape, torch.nan))
 
 
 @torch.no_grad()
 def write(model: Any, windows: Tensor, settings: Settings, seed: int) -> Written:
-    """What the model writes at temperature 1 after the prompts of the windows [W, L + 1], to the end of the text."""
+    """What the model writes after the prompts of the windows [W, L + 1], to the end of the text: as distill.rollout."""
     model.eval()
-    torch.manual_seed(seed)
-    parts, length, end = [], windows.shape[1], model.config.eos_token_id
-    for some in windows.to(model.device).split(settings.sequences):
-        prompts = some[:, : length - settings.new]
-        found = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=settings.new,
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            eos_token_id=end,
-            pad_token_id=end,
+    length, new, end = windows.shape[1], settings.new, model.config.eos_token_id
+    config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=end, pad_token_id=end)
+    tokens, logprobs = [], []
+    for first in range(0, len(windows), settings.sequences):
+        prompts = windows[first : first + settings.sequences, : length - new].to(model.device)
+        u = np.stack([uniforms(seed, first + i, 0, new) for i in range(len(prompts))])
+        draws = Draws(
+            torch.from_numpy(u).to(model.device),
+            None,
+            1.0,
+            1.0,
+            torch.tensor([end], device=model.device),
+            lambda *_: None,
         )
-        parts.append(pad(found, (0, length - found.shape[1]), value=end))
-    tokens = torch.cat(parts).cpu()
-    written = tokens[:, length - settings.new :]
-    ended = (written == end).long().cumsum(dim=1) - (written == end).long() > 0  # before this token
-    return Written(tokens, pad(~ended, (length - 1 - settings.new, 0), value=False))
-
-
-@torch.no_grad()
-def own_logprob(student: Any, tokens: Tensor, settings: Settings) -> Tensor:
-    """What rollouts carry as sampled_logprob: log q of the tokens that follow, [W, L] float16."""
-    some = Windows(tokens)
-    hidden = hidden_states(student, some.inputs, settings.sequences)
-    parts = [
-        student.lm_head(part).log_softmax(dim=1).gather(1, next_ids.to(part.device)[:, None]).half().cpu()
-        for part, next_ids in zip(hidden.split(CHUNK), some.next_ids.split(CHUNK), strict=True)
-    ]
-    return torch.cat(parts).view(len(tokens), -1)
+        found = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), generation_config=config, logits_processor=[draws]
+        )
+        tokens.append(pad(found, (0, length - found.shape[1]), value=end).cpu())
+        logprobs.append(draws.logprobs.cpu())
+    written = torch.cat(tokens)
+    ends = (written[:, length - new :] == end).long()
+    prompt = (length - 1 - new, 0)
+    mask = pad(ends.cumsum(dim=1) - ends == 0, prompt, value=False)
+    return Written(written, mask, pad(torch.cat(logprobs), prompt, value=torch.nan))
 
 
 @torch.no_grad()
@@ -122,7 +126,7 @@ def said(
     """Of each method the rows that a store has of windows [W, L + 1], in the store's dtypes: [W, L, ...]."""
     some, found = Windows(tokens), dict[str, dict[str, list[Tensor]]]()
     hidden = hidden_states(teacher, some.inputs, settings.sequences)
-    u = torch.from_numpy(uniforms(seed, 0, len(hidden)))
+    u = torch.from_numpy(sample.uniforms(seed, 0, len(hidden)))
     for first in range(0, len(hidden), CHUNK):
         at = slice(first, first + CHUNK)
         logits = teacher.lm_head(hidden[at]).float()
@@ -146,5 +150,6 @@ def rows_at(rows: dict[str, Tensor], written: Written, device: str) -> dict[str,
     """The rows that are trained on, [N, ...], as a batch has them."""
     found = {name: values[written.mask] for name, values in rows.items()}
     found = {name: values.long() if name == "target_ids" else values.float() for name, values in found.items()}
+    found["sampled_logprob"] = written.logprobs[written.mask].half().float()
     found["next_tokens"] = written.tokens[:, 1:][written.mask]
     return {name: values.to(device) for name, values in found.items()}

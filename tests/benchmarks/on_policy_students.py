@@ -27,7 +27,7 @@ from tests.benchmarks.on_policy_rows import (
     Arm,
     Settings,
     Written,
-    own_logprob,
+    as_written,
     rows_at,
     said,
     write,
@@ -105,7 +105,7 @@ def start(settings: Settings, scratch: Path) -> None:
     student = student_of(teacher, settings.layers)
     heal, _, _ = split(settings, 0, encode(settings))
     tokens = heal.tokens[torch.randperm(len(heal.tokens))][: settings.heal * settings.tokens // settings.length]
-    whole = Written(tokens, torch.ones(len(tokens), tokens.shape[1] - 1, dtype=torch.bool))
+    whole = as_written(tokens, torch.ones(len(tokens), tokens.shape[1] - 1, dtype=torch.bool))
     rows = said(teacher, tokens, [SAMPLE], settings, 0)["sample"]
     run(student, settings, DistillationLoss(), settings.lr, whole, rows)
     student.save_pretrained(scratch / "start")
@@ -117,7 +117,7 @@ def prepare(settings: Settings, scratch: Path, seed: int) -> tuple[int, dict[str
     _, train, held_out = split(settings, seed, encode(settings))
     began = time.monotonic()
     rollouts = write(student, train.tokens, settings, seed)
-    texts = {"text": Written(train.tokens, rollouts.mask), "rollouts": rollouts}
+    texts = {"text": as_written(train.tokens, rollouts.mask), "rollouts": rollouts}
     seconds = {"text": 0.0, "rollouts": time.monotonic() - began}
     rows: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, written in texts.items():
@@ -125,8 +125,6 @@ def prepare(settings: Settings, scratch: Path, seed: int) -> tuple[int, dict[str
         methods = {arm.method.method: arm.method for arm in settings.compared if arm.texts == name}
         rows[name] = said(teacher, written.tokens, methods.values(), settings, seed)
         seconds[name] += time.monotonic() - began
-    if any(arm.loss.max_ratio for arm in settings.compared):
-        rows["rollouts"]["topk"]["sampled_logprob"] = own_logprob(student, rollouts.tokens, settings)
     held = hidden_states(teacher, held_out.inputs, settings.sequences)
     torch.save(Seed(texts, rows, held_out, held, seconds), scratch / f"{seed}.pt")
     return seed, {name: round(value, 1) for name, value in seconds.items()}
@@ -194,7 +192,7 @@ def run_live(
 ) -> tuple[int, float]:
     """The same on what the student of the moment writes. Tokens; seconds of the student's writing and the teacher."""
     batch, spent, tokens = settings.tokens // settings.length, 0.0, 0
-    texts, rows = Written(windows[:0], windows[:0, 1:].bool()), dict[str, Tensor]()
+    texts, rows = as_written(windows[:0], windows[:0, 1:].bool()), dict[str, Tensor]()
 
     def step_of(step: int) -> Step:
         nonlocal texts, rows, spent, tokens
