@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distill import __version__
 from distill.config import RolloutConfig, TeacherConfig
 from distill.data.asked import turn_end
 from distill.errors import ConfigError, TeacherError
@@ -58,7 +59,11 @@ def find(config: RolloutConfig) -> Source:
 
 
 def load(config: RolloutConfig, source: Source, device: torch.device) -> Any:
-    """The student in eval mode on its device. Raises ConfigError where it cannot be loaded."""
+    """The student in eval mode on its device. Raises ConfigError where it cannot be loaded.
+
+    On a GPU this process attends without cuDNN: of keys that were kept its sums differ from run to run.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with of_student(config):
         needs = Needs.of(source, resolve_dtype(source, device), 1, slice_bytes(device))
         return load_model(source, device, Placement(), needs, None, Path(config.log_dir))[0]
@@ -86,11 +91,11 @@ def plan_job(config: RolloutConfig, grid: Grid, board: Board, source: Source, de
         parts.check(settings)
     parts.clean()
     if parts.manifest is None:
-        versions = {name: importlib.metadata.version(name) for name in ("distill", "torch", "transformers", "pyarrow")}
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyarrow")}
         parts.begin(
             reader.read(source.context_length), config.batch.part_prompts, rollouts_of_a_prompt=config.sampling.n,
             student=config.student.model, config=settings,
-            versions=versions,
+            versions={"distill": __version__, **packages},
         )  # fmt: skip
     missing = parts.missing()
     if not missing:
