@@ -149,6 +149,19 @@ def test_measuring_before_a_run_says_what_the_run_keeps(
     assert re.search(r"^store +about ", best, re.MULTILINE)
 
 
+def test_measuring_says_the_perplexity_of_what_is_trained_on(sharp_model: Path, tmp_path: Path) -> None:
+    """As the store does afterwards: a prompt is not what a student learns from."""
+    data = tmp_path / "x.jsonl"
+    data.write_text('{"prompt_ids": [9, 8, 7, 6, 5, 4, 3, 200, 100], "completion_ids": [17, 18]}\n' * 3)
+    arguments = [f"teacher.model={sharp_model}", f"dataset.path={data}"]
+    shown = preview(load(GenerateConfig, arguments), Grid(), arguments, measure=True)
+    store = Store.existing(str(generate_here(tmp_path, *arguments, f"store.path={tmp_path / 'x.zarr'}")), {})
+    told = re.search(r"^teacher perplexity +(.*)$", shown, re.MULTILINE)
+    assert told is not None
+    said = Choice.of(store).lines(store.attributes["vocab_size"], "portable")["teacher perplexity"]
+    assert float(told[1]) == pytest.approx(float(said), rel=0.01)
+
+
 def test_train_and_inspect(sampled_store: Path, tmp_path: Path) -> None:
     def train(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

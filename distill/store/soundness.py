@@ -263,8 +263,9 @@ def _rules_of_next(
         kept = (rows["target_ids"] == following[:, None]) & np.isfinite(logprobs)
         known, is_kept = ~last & (following >= 0) & (following < vocab_size), kept.any(axis=1)
         expected = np.where(is_kept, np.where(kept, logprobs, 0).sum(axis=1), tail)
-        above = found - expected > 1e-3 + _ROUNDING * np.clip(-expected, 0, 1e3)
-        below = is_kept & (expected - found > 1e-3 + _ROUNDING * np.clip(-found, 0, 1e3))
+        with np.errstate(invalid="ignore"):  # -inf is what -inf says
+            above = found - expected > 1e-3 + _ROUNDING * np.clip(-expected, 0, 1e3)
+            below = is_kept & (expected - found > 1e-3 + _ROUNDING * np.clip(-found, 0, 1e3))
         rules["next_logprob: not what target_logprobs and tail_logprob say of the token that follows"] = known & (
             above | below
         )

@@ -6,8 +6,9 @@ N rows of a batch, K kept ids.
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def preview(config: GenerateConfig, grid: Grid, arguments: Sequence[str], measur
     capture, found = config.capture, None
     ids, about = float(capture.k), "at most" if capture.method == "sample" else "about"
     if measure:
-        found = _measured(config, source, needs, device, [samples.take(np.array([i]))["tokens"] for i in order[:256]])
+        found = _measured(config, source, needs, device, [samples.take(np.array([i])) for i in order[:256]])
         ids, about = found.expected_ids(capture.method, capture.k), "about"
     size = expected_bytes(capture.method, ids, needs.vocab_size, len(capture.temperatures), config.store.codec)
     lines = {
@@ -76,10 +77,14 @@ def preview(config: GenerateConfig, grid: Grid, arguments: Sequence[str], measur
 
 
 def _measured(
-    config: GenerateConfig, source: Source, needs: Needs, device: torch.device, samples: Sequence[NDArray[np.int32]]
+    config: GenerateConfig,
+    source: Source,
+    needs: Needs,
+    device: torch.device,
+    samples: Sequence[Mapping[str, NDArray[Any]]],
 ) -> Choice:
     """What the teacher says of some of the samples, a few thousand tokens, on this machine's device or devices."""
-    lengths = np.array([len(sample) for sample in samples], np.int32)
+    lengths = np.array([len(sample["tokens"]) for sample in samples], np.int32)
     lengths = lengths[: max(1, int(np.searchsorted(lengths.cumsum(), _MEASURED_TOKENS, "right")))]
     k = min(source.vocab_size, max(config.capture.k, _MEASURED_K))
     found, settings = Choice(k, more=config.capture.k), CaptureConfig("topk", k)
@@ -87,9 +92,13 @@ def _measured(
         model, share = load_here(source, needs, device, Path(offload))
         teacher = Teacher(model, device, share, int(lengths.max()), config.batch.max_tokens)
         for batch in plan.batches(lengths, config.batch.max_tokens, teacher.rope_switch):
-            captured = teacher.capture([samples[i] for i in batch], settings, np.zeros(int(lengths[batch].sum())))
+            tokens = [samples[i]["tokens"] for i in batch]
+            captured = teacher.capture(tokens, settings, np.zeros(int(lengths[batch].sum())))
             assert captured is not None
             tail = captured.tail_logprob[:, 0].numpy()
             kept = captured.target_ids.numpy(), captured.target_logprobs.numpy()
-            found.add(*kept, tail, captured.next_logprob.numpy())
+            following = captured.next_logprob.numpy()
+            if "loss_mask" in samples[0]:
+                following = np.where(np.concatenate([samples[i]["loss_mask"] for i in batch]), following, np.nan)
+            found.add(*kept, tail, following)
     return found

@@ -97,6 +97,15 @@ def test_a_sound_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert tree(tmp_path) == before
 
 
+def test_a_token_that_the_teacher_never_says_is_sound(tmp_path: Path) -> None:
+    """Where the kept ids have all of the mass, nothing is left for any other token."""
+    rows = made_up()
+    rows["target_logprobs"][5] = round_logprobs(np.log(np.full(5, 0.2, np.float32)))
+    rows["tail_logprob"][5] = rows["next_logprob"][5] = -np.inf
+    assert 6 not in rows["target_ids"][5]
+    assert main([str(write(tmp_path / "x.zarr", rows))]) == 0
+
+
 def changed(name: str, at: Any, value: Any) -> Callable[[Rows], None]:
     def change(rows: Rows) -> None:
         rows[name][at] = value
