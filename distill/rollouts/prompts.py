@@ -65,6 +65,7 @@ class Reader:
         self._is_store = "://" in self._path or (Path(self._path) / "zarr.json").is_file()
         with of_prompts():
             if self._is_store:
+                _refuse_what_a_store_lacks(config)
                 self._cache = TeacherCache(self._path)
                 self._cache.check_tokenizer(source.tokenizer)
                 self.identity: dict[str, Any] = {"prompts.store": self._cache.attributes["fingerprint"]}
@@ -162,6 +163,13 @@ class Reader:
                     trained = np.flatnonzero(arrays["loss_mask"][start:end])
                     tokens = tokens[: int(trained[0]) + 1 if len(trained) else 0]
                 yield Encoded(tokens.tolist(), dropped="without a token to train on"), not masked
+
+
+def _refuse_what_a_store_lacks(config: PromptsConfig) -> None:
+    """Raise ConfigError for a setting that would have no effect: a store has tokens, not columns."""
+    for name, value in vars(config).items():
+        if name not in ("path", "max_samples", "max_length") and value != getattr(PromptsConfig(), name):
+            raise ConfigError(f"prompts.{name}: expected none beside the store {config.path}, found {value!r}")
 
 
 @contextlib.contextmanager

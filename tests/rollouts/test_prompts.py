@@ -123,6 +123,9 @@ def test_prompts_of_a_store(student: Path, plain: Path, tmp_path: Path) -> None:
     assert sorted(texts(read(plain, f"prompts.path={unmasked}", "prompts.max_length=5"))) == ["abc", "water"]
     with pytest.raises(UserError, match=r"^prompts\.path: "):
         read(plain, "prompts.path=nowhere://x")
+    for setting in ("split=test", "text_column=a", "chat_template_kwargs={a: 1}", "data_files=x"):
+        with pytest.raises(UserError, match=rf"^prompts.{setting.partition('=')[0]}: expected none beside the store "):
+            read(student, f"prompts.path={store}", f"prompts.{setting}")
 
 
 @pytest.mark.parametrize(
