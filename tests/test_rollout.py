@@ -1,5 +1,6 @@
 """The real command: the same bytes by any number of workers and after kills, and a teacher asked about each id."""
 
+import gc
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.errors import ConfigError, DataError, StorageError
+from distill.errors import ConfigError, DataError, StorageError, StoreError
 from distill.reading.cache import TeacherCache
+from distill.store.writable import WritableStore
 from tests.processes import children
 from tests.rollouts.support import command, roll_out, rows_of, run, write
 from tests.support import (
@@ -159,6 +161,37 @@ def test_a_teacher_is_asked_about_each_id(expected: Path, tmp_path: Path) -> Non
         generate_here(
             tmp_path, f"teacher.model={teacher}", f"dataset.path={unfinished}", f"store.path={tmp_path}/y.zarr"
         )
+
+
+def test_generate_is_stopped_in_the_middle_of_rollouts(
+    expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the plan has written of them, and what the teacher said, is what an undisturbed run writes."""
+    teacher = save_model("llama", tmp_path / "teacher", vocab_size=300, num_hidden_layers=1)
+    rollouts = shutil.copytree(expected, tmp_path / "rollouts")
+    settings = [f"teacher.model={teacher}", f"dataset.path={rollouts}", "store.block_rows=1024", "capture.k=8"]
+    whole = generate_here(tmp_path, *settings, f"store.path={tmp_path}/whole.zarr")
+    commit = WritableStore.commit
+
+    def stopped(store: WritableStore, block: int, num_rows: int) -> None:
+        if store.committed().any():
+            raise KeyboardInterrupt
+        commit(store, block, num_rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WritableStore, "commit", stopped)
+        generate_here(tmp_path, *settings, f"store.path={tmp_path}/x.zarr")
+    gc.collect()  # with the store goes its lock
+    first = rollouts / "part_000001.parquet"
+    kept = first.read_bytes()
+    first.write_bytes((rollouts / "part_000002.parquet").read_bytes())
+    with pytest.raises(StoreError, match="unfinished store of another run"):
+        generate_here(tmp_path, *settings, f"store.path={tmp_path}/x.zarr")
+    gc.collect()
+    first.write_bytes(kept)
+    assert 0 < (open_raw(tmp_path / "x.zarr", "commits") >= 0).mean() < 1
+    generate_here(tmp_path, *settings, f"store.path={tmp_path}/x.zarr")
+    assert tree(tmp_path / "x.zarr") == tree(whole)
 
 
 def test_a_full_disk(expected: Path, settings: list[str], tmp_path: Path) -> None:
