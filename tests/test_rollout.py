@@ -69,6 +69,10 @@ def test_columns(expected: Path, student: Path) -> None:
     manifest = json.loads((expected / "rollouts.json").read_text())
     assert (manifest["format"], manifest["version"]) == ("distill-rollouts", 1)
     assert (manifest["parts"], manifest["prompts"]) == (14, 14)
+    assert manifest["tokenizer"] == {
+        "vocab_size": len(tokenizer),
+        "vocab_digest": manifest["tokenizer"]["vocab_digest"],
+    }
     assert not list(expected.rglob("*.partial"))
 
 
@@ -138,7 +142,7 @@ def test_what_a_run_refuses(expected: Path, settings: list[str], student: Path, 
         assert len(ran.stderr.splitlines()) == 1
 
 
-def test_a_teacher_is_asked_about_each_id(expected: Path, tmp_path: Path) -> None:
+def test_a_teacher_is_asked_about_each_id(expected: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """distill.generate takes the folder: ids as they are, trained on where the student wrote, with its own logprobs."""
     teacher = save_model("llama", tmp_path / "teacher", vocab_size=300, num_hidden_layers=2)
     store = generate_here(
@@ -161,6 +165,12 @@ def test_a_teacher_is_asked_about_each_id(expected: Path, tmp_path: Path) -> Non
         generate_here(
             tmp_path, f"teacher.model={teacher}", f"dataset.path={unfinished}", f"store.path={tmp_path}/y.zarr"
         )
+    assert "another tokenizer" not in caplog.text
+    manifest = json.loads((unfinished / "rollouts.json").read_text())
+    manifest["tokenizer"]["vocab_digest"] = "another"
+    (unfinished / "rollouts.json").write_text(json.dumps(manifest | {"parts": 13}))
+    generate_here(tmp_path, f"teacher.model={teacher}", f"dataset.path={unfinished}", f"store.path={tmp_path}/y.zarr")
+    assert "was written with another tokenizer than the teacher's" in caplog.text
 
 
 def test_generate_is_stopped_in_the_middle_of_rollouts(

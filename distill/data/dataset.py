@@ -30,11 +30,13 @@ class Data:
 
     files:    the local files that are read, in order, or those of a saved dataset; none where it is elsewhere
     notes:    what was decided that a user should know, in sentences
+    written:  what identifies the vocabulary of the student that wrote it, if distill.rollout says so
     """
 
     config: DatasetConfig
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    written: Any = None
 
     def __post_init__(self) -> None:
         self._found = self._marks()
@@ -164,7 +166,16 @@ def find(config: DatasetConfig) -> Data:
     if unknown := [file for file in found if kind(file) is None]:
         key = "path" if path.is_file() else "data_files"
         raise DataError(f"dataset.{key}: expected files named {kinds()}, found {unknown[0].name}")
-    return Data(config, found, notes)
+    return Data(config, found, notes, _manifest(path).get("tokenizer"))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What distill.rollout says of its folder; nothing where it is another one."""
+    try:
+        found = json.loads((folder / "rollouts.json").read_text())
+        return found if isinstance(found["parts"], int) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _parts_of_rollouts(folder: Path) -> list[Path]:
@@ -172,9 +183,7 @@ def _parts_of_rollouts(folder: Path) -> list[Path]:
 
     Raises DataError where some are not there yet: a part of the rollouts would pass for all of them.
     """
-    try:
-        expected = int(json.loads((folder / "rollouts.json").read_text())["parts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    if not (expected := _manifest(folder).get("parts")):
         return []
     found = sorted(folder.glob("part_*.parquet"))
     if len(found) != expected:

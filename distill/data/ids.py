@@ -10,6 +10,7 @@ from distill.data.form import Encoded, Form, empty
 from distill.data.messages import show
 from distill.errors import DataError
 
+_LEAST = -65504.0  # what float16 holds
 _ABOVE_ZERO = 1e-3
 """What a log-probability of 1 may be by rounding."""
 
@@ -145,7 +146,7 @@ def _logprob(entry: Any, token: int, where: str) -> float:
         value = value.get("logprob")
     if isinstance(value, list) and len(value) in (2, 3) and value[1] == token:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= _ABOVE_ZERO:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _LEAST <= value <= _ABOVE_ZERO:
         raise DataError(
             f"dataset: expected a log-probability in 'logprobs' at {where} (id {token}), found {show(entry)}"
         )

@@ -70,11 +70,14 @@ class Parts:
             return
         except (OSError, ValueError) as error:
             raise ConfigError(f"output: cannot read {folder / _MANIFEST}: {error}") from error
-        found = (self.manifest or {}).get("format"), (self.manifest or {}).get("version")
+        made: Any = self.manifest if isinstance(self.manifest, dict) else {}
+        found = made.get("format"), made.get("version")
         if found != (_FORMAT, _VERSION):
             raise ConfigError(
                 f"output: expected {_FORMAT}, version {_VERSION}, in {folder / _MANIFEST}, found {found[0]}, {found[1]}"
             )
+        if lacking := {"parts", "prompts", "config"} - made.keys():
+            raise ConfigError(f"output: expected {min(lacking)!r} in {folder / _MANIFEST}, found none")
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ConfigError where the rollouts that are there follow from other settings, naming each."""

@@ -203,6 +203,11 @@ def lay_out(config: GenerateConfig, source: Source, data: Data) -> tuple[Samples
             f"teacher.model: expected token ids below {source.vocab_size}, the model's vocabulary, found "
             f"{samples.largest_token} from its tokenizer of {len(source.tokenizer)}: the model was not resized for it"
         )
+    if data.written not in (None, source.vocabulary):
+        logger.warning(
+            "%s was written with another tokenizer than the teacher's, which may mean other words by the same ids",
+            data.name,
+        )
     order = plan.permutation(len(samples.lengths), config.capture.seed)
     lengths = samples.lengths[order]
     rows = config.store.block_rows
