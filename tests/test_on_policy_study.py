@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import on_policy
+from tests.benchmarks import fidelity, on_policy
 from tests.benchmarks.fidelity_models import Windows
 from tests.benchmarks.on_policy_rows import ARMS, TOPK, Settings, as_written, rows_at, said, write
 from tests.benchmarks.on_policy_students import RATES, Seed, chosen, evaluate, repetition
@@ -108,7 +108,6 @@ def test_the_whole_study(model_folder: Any, texts: Any, tmp_path: Path, capsys: 
     arguments = [
         *small.split(),
         "processes=1",
-        f"arms={','.join(arm.name for arm in ARMS)}",
         f"teacher={model_folder('llama')}",
         f"texts={texts(200)}",
     ]
@@ -134,3 +133,11 @@ def test_the_whole_study(model_folder: Any, texts: Any, tmp_path: Path, capsys: 
     assert all(f"\n| {arm.name} |" in printed for arm in ARMS)
     with pytest.raises(SystemExit, match="step"):
         on_policy.main(["step=3"])
+
+
+@pytest.mark.parametrize("name", ["on_policy", "on_policy_gpu"])
+def test_the_tables_of_the_page_are_those_of_its_figures(name: str) -> None:
+    page = (fidelity.DOCS / "on-policy.md").read_text().splitlines()
+    lines = [*on_policy.tables(json.loads((fidelity.DOCS / f"{name}.json").read_text()))]
+    assert len(lines) > len(ARMS)
+    assert {line for line in lines if line.startswith("|")} <= {*page}
