@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING
 
 from distill import __version__
 from distill.config import GenerateConfig
-from distill.errors import PeerError
-from distill.run.board import Board, first_of_node, store_of
+from distill.run.board import Board, first_of_node, from_all, store_of
 from distill.run.grid import Grid, refuse_other_launchers
 from distill.run.nodes import check_nodes
 from distill.run.session import Session, run_worker
@@ -111,17 +110,11 @@ def finish(
     """Worker 0 waits for all workers, marks the store complete, and sums up; the others wait for worker 0."""
     from distill.teacher.summary import summary
 
-    board.note(f"totals of {grid.rank}", json.dumps(vars(totals)))
-    if grid.rank == 0:
-        totals = totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
-        board.note("all are done", "yes")
+    if parts := from_all(grid, board, json.dumps(vars(totals))):
         bar.show()
         bar.close()
         store.mark_complete()
-        logger.info(summary(store, config, totals))
-    else:  # stay, to watch worker 0; the others would also take a worker that is gone for one that failed
-        with contextlib.suppress(PeerError):
-            board.wait("all are done", poll_seconds=1.0)
+        logger.info(summary(store, config, totals.add_up(parts)))
 
 
 def announce(config: GenerateConfig, grid: Grid) -> None:

@@ -14,7 +14,6 @@ The same command again does what is missing, with any number of workers. The sam
 `distill.generate dataset.path=<output>` then asks a teacher about every token of them.
 """
 
-import contextlib
 import json
 import logging
 import sys
@@ -23,16 +22,15 @@ from typing import TYPE_CHECKING
 
 from distill import __version__
 from distill.config import RolloutConfig
-from distill.errors import PeerError
-from distill.run.board import Board, first_of_node, store_of
+from distill.run.board import Board, first_of_node, from_all, store_of
 from distill.run.grid import Grid, refuse_other_launchers
 from distill.run.nodes import check_nodes
 from distill.run.session import Session, run_worker
 
 if TYPE_CHECKING:
     from distill.rollouts.parts import Parts
-    from distill.rollouts.summary import Totals
     from distill.run.progress import Bar
+    from distill.teacher.worker import Totals
 
 logger = logging.getLogger("distill.rollout")  # __name__ is __main__ here
 
@@ -87,16 +85,10 @@ def finish(config: RolloutConfig, grid: Grid, board: Board, parts: "Parts", tota
     """Worker 0 waits for all workers and sums up; the others wait for worker 0."""
     from distill.rollouts.summary import summary
 
-    board.note(f"totals of {grid.rank}", json.dumps(vars(totals)))
-    if grid.rank == 0:
-        totals = totals.add_up([board.wait(f"totals of {rank}") for rank in range(grid.world_size)])
-        board.note("all are done", "yes")
+    if found := from_all(grid, board, json.dumps(vars(totals))):
         bar.show()
         bar.close()
-        logger.info(summary(parts, config, totals))
-    else:  # stay, to watch worker 0; the others would also take a worker that is gone for one that failed
-        with contextlib.suppress(PeerError):
-            board.wait("all are done", poll_seconds=1.0)
+        logger.info(summary(parts, config, totals.add_up(found)))
 
 
 if __name__ == "__main__":

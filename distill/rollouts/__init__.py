@@ -8,5 +8,5 @@ draws     Draws: one token after the other, each by one number
 parts     Parts: the folder of the rollouts: its manifest, and what is finished
 prepare   find, plan_job, load: what is done before the student writes
 worker    Worker: a worker's parts
-summary   summary, Totals: rollouts in words
+summary   summary: rollouts in words
 """

@@ -1,9 +1,6 @@
 """Rollouts in words: how many, how long, how probable, how fast they came."""
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet
@@ -11,20 +8,7 @@ import pyarrow.parquet
 from distill.config import RolloutConfig
 from distill.rollouts.parts import Parts
 from distill.teacher.summary import table
-
-
-@dataclass
-class Totals:
-    """What was done in this run, by one worker or by all. seconds: of the slowest."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def add_up(cls, parts: Sequence[str]) -> "Totals":
-        """The totals of all workers, from their JSON."""
-        found = [cls(**json.loads(part)) for part in parts]
-        return cls(sum(part.tokens for part in found), max(part.seconds for part in found))
+from distill.teacher.worker import Totals
 
 
 def summary(parts: Parts, config: RolloutConfig, totals: Totals | None = None) -> str:

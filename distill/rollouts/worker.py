@@ -8,9 +8,9 @@ from distill.config import RolloutConfig
 from distill.rollouts.parts import Row
 from distill.rollouts.prepare import Job
 from distill.rollouts.sampling import Sampler
-from distill.rollouts.summary import Totals
 from distill.run.board import Board
 from distill.run.watch import Watch
+from distill.teacher.worker import Totals
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ grid       Grid: the ranks, the replicas, and which blocks are whose; refuse_oth
 session    run_worker, Session: how a worker starts, and how it ends; signals and failure reports
 log        open_log, adapt_to_machine: the console, and a log file for each worker
 progress   Bar: a progress bar
-board      Board, store_of, first_of_node: counters and notes that all workers share
+board      Board, store_of, first_of_node, from_all: counters and notes that all workers share
 groups     process_group: of a replica or of a training
 nodes      check_nodes, PROBE: whether all nodes have the same versions, settings and folders
 watch      Watch: which worker hangs

@@ -101,3 +101,15 @@ def shared_store(rank: int, world_size: int) -> Any:
                 board.note(f"answer to {board.wait(f'{peer} asks')}", mine)
         time.sleep(0.02)
     return PrefixStore(mine, store)
+
+
+def from_all(grid: Grid, board: Board, text: str) -> list[str]:
+    """The last words of all workers, when all are done, on worker 0; none on the others, which wait for that."""
+    board.note(f"totals of {grid.rank}", text)
+    if grid.rank > 0:  # stay, to watch worker 0; the others would also take a worker that is gone for one that failed
+        with contextlib.suppress(PeerError):
+            board.wait("all are done", poll_seconds=1.0)
+        return []
+    found = [board.wait(f"totals of {rank}") for rank in range(grid.world_size)]
+    board.note("all are done", "yes")
+    return found
