@@ -130,8 +130,7 @@ def test_a_server_that_stays_away_ends_the_run_with_one_message(
     s3.kill()
     assert run.wait(timeout=90) == 1, console.read_text()
     s3.restart()
-    (said,) = [line for line in console.read_text().splitlines() if "error: " in line]
-    assert "error: store: cannot " in said
+    (said,) = [line for line in console.read_text().splitlines() if "error: store: cannot " in line]
     assert "in s3://bucket/away.zarr: connection refused (tried for " in said
     assert said.endswith("what is committed stays, and the same command continues from there")
     assert console.read_text().count("Traceback") <= 1, "torchrun's own"
@@ -186,8 +185,7 @@ def test_training_from_a_bucket_is_training_from_a_folder(s3: Server, small_stor
     remote, local = TeacherCache("s3://bucket/small.zarr", s3.options), TeacherCache(str(small_store))
     assert len(remote) == len(local)
     for sample in (0, len(local) // 2, len(local) - 1):
-        for name, values in local[sample].items():
-            assert torch.equal(torch.as_tensor(remote[sample][name]), torch.as_tensor(values)), name
+        torch.testing.assert_close(remote[sample], local[sample], rtol=0, atol=0, equal_nan=True)
     batches = [DataLoader(cache.shuffled(8), batch_size=None, num_workers=0) for cache in (remote, local)]
     for ours, theirs in zip(*batches, strict=True):
         assert all(ours[name].equal(theirs[name]) for name in theirs)

@@ -148,4 +148,4 @@ class Parts:
 
 
 def _save(file: IO[bytes], array: NDArray[Any]) -> None:
-    np.save(file, array, allow_pickle=False)
+    np.save(file, array)
