@@ -80,7 +80,8 @@ def test_four_workers_through_outages_write_the_local_bytes(
     s3.thaw()
     wait_for(lambda: has(console, "s3://bucket/outages.zarr is back"), console.read_text, 30)
     s3.kill()
-    wait_for(lambda: has(console, "connection refused; trying again for up to 300 s"), console.read_text, 30)
+    words = [f"{why}; trying again for up to 300 s" for why in ("connection refused", "the connection was lost")]
+    wait_for(lambda: any(has(console, each) for each in words), console.read_text, 30)
     time.sleep(5)
     s3.restart()
     assert run.wait(timeout=240) == 0, console.read_text()

@@ -24,6 +24,7 @@ _CAUSES = {
     "Connection refused": "connection refused",
     "TimedOut": "no answer in time",
     "Timeout": "no answer in time",
+    "error sending request": "the connection was lost",  # for any other reason
 }
 _LASTING_CAUSES = ("BadScheme", "InvalidMessage", "InvalidCertificate")
 _ANSWERS = {"AlreadyExistsError", "PreconditionError", "NotModifiedError", "NotSupportedError"}

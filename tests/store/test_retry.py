@@ -49,6 +49,7 @@ FAILURES: dict[str, tuple[Exception, bool, str]] = {
     "no answer": (TimeoutError(), True, "no answer in time"),
     "frozen": (from_obstore(SENT, "kind: Timeout, source: TimedOut"), True, "no answer in time"),
     "refused": (from_obstore(SENT, "message: Connection refused"), True, "connection refused"),
+    "lost": (from_obstore(SENT, "hyper::Error(IncompleteMessage)"), True, "the connection was lost"),
     "no name": (from_obstore(SENT, "dns error"), True, "the name of its host is not known"),
     "slow down": (from_obstore(ANSWER.format("503 Service Unavailable", "SlowDown", "Reduce your rate.")), True,
                   "Reduce your rate (SlowDown)"),
