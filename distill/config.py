@@ -28,8 +28,8 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
-    """Which texts or chats the teacher reads, and how they become samples."""
+class ExamplesConfig:
+    """Where examples are, and what is read of them."""
 
     path: str = key(
         "demo", "hub id, file, glob, folder, save_to_disk folder, or builder; docs/data.md; demo", path=True
@@ -37,16 +37,22 @@ class DatasetConfig:
     name: str | None = key(None, "configuration of the dataset, as in datasets.load_dataset")
     split: str = key("train", "split of the dataset; where there is only one, that one instead of train")
     data_files: str | list[str] | None = key(None, "file, glob or list of them, as in datasets.load_dataset", path=True)
-    form: str = key(
-        "auto", "what the columns mean; auto = what their names say (docs/data.md)",
-        ("auto", "text", "messages", "conversations", "prompt_completion", "instruction", "tokens"),
-    )  # fmt: skip
     text_column: str | None = key(None, "column of plain text, if it is not called text")
     messages_column: str | None = key(None, "column of chat messages, if it is not called messages or conversations")
     chat_template: str | None = key(None, "file of a chat template, instead of the tokenizer's own", path=True)
     chat_template_kwargs: dict[str, Any] = key({}, "variables for the chat template, e.g. {enable_thinking: false}")
-    streaming: bool = key(False, "read a dataset of the hub as a stream, without storing its raw text")
     max_samples: int | None = key(None, "use only the first N examples of the dataset", least=1)
+
+
+@dataclass(frozen=True)
+class DatasetConfig(ExamplesConfig):
+    """Which texts or chats the teacher reads, and how they become samples."""
+
+    form: str = key(
+        "auto", "what the columns mean; auto = what their names say (docs/data.md)",
+        ("auto", "text", "messages", "conversations", "prompt_completion", "instruction", "tokens"),
+    )  # fmt: skip
+    streaming: bool = key(False, "read a dataset of the hub as a stream, without storing its raw text")
     max_length: int | str | None = key(
         "auto",
         "most tokens in a sample; auto = 1024 for texts, the teacher's context for all others; null = no limit",
@@ -278,22 +284,10 @@ class RolloutStudentConfig:
 
 
 @dataclass(frozen=True)
-class PromptsConfig:
+class PromptsConfig(ExamplesConfig):
     """What the student continues: texts, chats, prompts, or the samples of a store."""
 
-    path: str = key(
-        "demo",
-        "hub id, file, glob, folder, save_to_disk folder, a store (folder or URL), or demo; docs/data.md",
-        path=True,
-    )
-    name: str | None = key(None, "configuration of the dataset, as in datasets.load_dataset")
-    split: str = key("train", "split of the dataset; where there is only one, that one instead of train")
-    data_files: str | list[str] | None = key(None, "file, glob or list of them, as in datasets.load_dataset", path=True)
-    text_column: str | None = key(None, "column of plain text, if it is not called text")
-    messages_column: str | None = key(None, "column of chat messages, if it is not called messages or conversations")
-    chat_template: str | None = key(None, "file of a chat template, instead of the tokenizer's own", path=True)
-    chat_template_kwargs: dict[str, Any] = key({}, "variables for the chat template, e.g. {enable_thinking: false}")
-    max_samples: int | None = key(None, "use only the first N examples", least=1)
+    path: str = key("demo", "as dataset.path, or a store (folder or URL); docs/data.md", path=True)
     max_length: int | None = key(
         None, "tokens of a prompt: texts, and samples of a store without loss mask, are cut; others dropped", least=1
     )
