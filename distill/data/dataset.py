@@ -23,6 +23,9 @@ _DEMO_LONGEST_CHARACTERS = 4000
 _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 _FIRST_ROWS = 100
 
+MANIFEST, PART = "rollouts.json", "part_{}.parquet"
+"""The files of a folder of distill.rollout: what it says of itself, and each part."""
+
 
 @dataclass
 class Data:
@@ -172,7 +175,7 @@ def find(config: DatasetConfig) -> Data:
 def _manifest(folder: Path) -> dict[str, Any]:
     """What distill.rollout says of its folder; nothing where it is another one."""
     try:
-        found = json.loads((folder / "rollouts.json").read_text())
+        found = json.loads((folder / MANIFEST).read_text())
         return found if isinstance(found["parts"], int) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -185,7 +188,7 @@ def _parts_of_rollouts(folder: Path) -> list[Path]:
     """
     if not (expected := _manifest(folder).get("parts")):
         return []
-    found = sorted(folder.glob("part_*.parquet"))
+    found = sorted(folder.glob(PART.format("*")))
     if len(found) != expected:
         raise DataError(
             f"dataset.path: expected {expected} parts of rollouts in {folder}, found {len(found)}: run distill.rollout "

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from distill.data.dataset import MANIFEST, PART
 from distill.errors import ConfigError, StorageError, disk_failure
 from distill.rollouts.prompts import Prompts
 from distill.run.nodes import PROBE
@@ -26,7 +27,7 @@ from distill.store.fingerprint import differences
 from distill.store.location import fsync
 
 _FORMAT, _VERSION = "distill-rollouts", 1
-_MANIFEST, _PROMPTS = "rollouts.json", "prompts"
+_PROMPTS = "prompts"
 _ARRAYS = ("tokens", "ends", "numbers")
 _SCHEMA = pa.schema(
     [
@@ -60,7 +61,7 @@ class Parts:
         """Raises ConfigError for a folder with other content, and for another format."""
         self.folder, self.manifest = folder, None
         try:
-            self.manifest = json.loads((folder / _MANIFEST).read_text())
+            self.manifest = json.loads((folder / MANIFEST).read_text())
         except FileNotFoundError:
             names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
             if any(name != _PROMPTS and not name.endswith(".partial") and not name.startswith(PROBE) for name in names):
@@ -69,15 +70,15 @@ class Parts:
                 ) from None
             return
         except (OSError, ValueError) as error:
-            raise ConfigError(f"output: cannot read {folder / _MANIFEST}: {error}") from error
+            raise ConfigError(f"output: cannot read {folder / MANIFEST}: {error}") from error
         made: Any = self.manifest if isinstance(self.manifest, dict) else {}
         found = made.get("format"), made.get("version")
         if found != (_FORMAT, _VERSION):
             raise ConfigError(
-                f"output: expected {_FORMAT}, version {_VERSION}, in {folder / _MANIFEST}, found {found[0]}, {found[1]}"
+                f"output: expected {_FORMAT}, version {_VERSION}, in {folder / MANIFEST}, found {found[0]}, {found[1]}"
             )
         if lacking := {"parts", "prompts", "config"} - made.keys():
-            raise ConfigError(f"output: expected {min(lacking)!r} in {folder / _MANIFEST}, found none")
+            raise ConfigError(f"output: expected {min(lacking)!r} in {folder / MANIFEST}, found none")
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ConfigError where the rollouts that are there follow from other settings, naming each."""
@@ -98,7 +99,7 @@ class Parts:
             **facts,
         }  # fmt: skip
         text = json.dumps(self.manifest, indent=1) + "\n"
-        self._write(self.folder / _MANIFEST, lambda file: file.write(text.encode()))
+        self._write(self.folder / MANIFEST, lambda file: file.write(text.encode()))
 
     def prompts(self) -> Prompts:
         """The prompts that `begin` kept. Raises ConfigError where they cannot be read."""
@@ -120,7 +121,7 @@ class Parts:
 
     def file(self, part: int) -> Path:
         """The file of a part."""
-        return self.folder / f"part_{part:06d}.parquet"
+        return self.folder / PART.format(f"{part:06d}")
 
     def write(self, part: int, rows: Sequence[Row]) -> None:
         """Write a part. The same rows make the same bytes. Raises StorageError where the disk is full, or fails."""
