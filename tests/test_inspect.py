@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support import environment, generate, save_model
+import numpy as np
+
+from tests.support import environment, generate, open_raw, save_model
 
 
 def inspect(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +41,8 @@ def test_inspect_describes_a_store(tmp_path: Path) -> None:
     assert re.search(r"«.*you( you)* ?<\|end\|>»", shown.stdout), shown.stdout
     assert "loss_mask" in shown.stdout
     assert "bytes/token" in shown.stdout
+    following = open_raw(tmp_path / "x.zarr", "next_logprob").astype(float)[open_raw(tmp_path / "x.zarr", "loss_mask")]
+    assert f"teacher perplexity  {np.exp(-following.mean()):.2f}" in shown.stdout
     examples = [line for line in shown.stdout.splitlines() if " -> " in line and line[0] == " "]
     assert any(line.strip().startswith("'<|user|>'") for line in examples)
     assert all(line.count(" 0.") == 5 for line in examples), examples

@@ -1,6 +1,7 @@
 """The student: found, built from the teacher or another checkpoint, compared with a cache, and saved."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from distill.teacher import adapter
 from distill.teacher.pipeline import decoder_layers
 from distill.teacher.source import Source, auto_class, locate
 from distill.teacher.text import outside
+
+logger = logging.getLogger(__name__)
 
 
 def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
@@ -120,6 +123,12 @@ def check(source: Source, loss: DistillationLoss, cache: Any) -> None:
     loss.check_method(cache.attributes["method"])
     loss.check(cache.temperatures)
     loss.check_arrays(cache.arrays, cache.path)
+    if loss.divergence == "on_policy" and "loss_mask" not in cache.arrays:
+        logger.warning(
+            "%s has no loss mask: with on_policy every token of it counts as one that the student wrote; expected a "
+            "store of its rollouts (distill.rollout)",
+            cache.path,
+        )
     cache.check_tokenizer(source.tokenizer)
     known = int(cache.attributes["tokenizer"]["vocab_size"])
     if source.vocab_size < known:

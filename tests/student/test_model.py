@@ -51,7 +51,7 @@ def test_what_a_student_starts_from(model_folder: Any, tmp_path: Path) -> None:
         find(StudentConfig(model="./nowhere"), {"model": folder, "revision": None})
 
 
-def test_students_that_cannot_learn_from_a_cache(small_store: Path) -> None:
+def test_students_that_cannot_learn_from_a_cache(small_store: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = TeacherCache(str(small_store))
     tokenizer = make_tokenizer()
 
@@ -66,7 +66,9 @@ def test_students_that_cannot_learn_from_a_cache(small_store: Path) -> None:
         check(source(context=64), DistillationLoss(), cache)
     with pytest.raises(ConfigError, match=r"loss\.temperature: expected one of \[1\.0, 2\.0\]"):
         check(source(), DistillationLoss(temperature=3.0), cache)
+    assert "no loss mask" not in caplog.text
     check(source(), DistillationLoss("on_policy"), cache)
+    assert "small.zarr has no loss mask: with on_policy every token of it counts as one that the" in caplog.text
     with pytest.raises(ConfigError, match=r"loss\.max_ratio: expected sampled_logprob in .*small\.zarr, found none"):
         check(source(), DistillationLoss("on_policy", max_ratio=2.0), cache)
     with (
