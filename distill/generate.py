@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import __version__
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.run.board import Board, first_of_node, from_all, store_of
 from distill.run.grid import Grid, refuse_other_launchers
 from distill.run.nodes import check_nodes

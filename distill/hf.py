@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer, TrainerCallback
 
-from distill.config import TeacherConfig
+from distill.config.generate import TeacherConfig
 from distill.errors import ConfigError, NumericalError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch, Sample, collate, empty_sample

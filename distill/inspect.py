@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data.show import marked
 from distill.errors import ConfigError, DistillError, UserError
 from distill.run.log import adapt_to_machine

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distill import __version__
-from distill.config import RolloutConfig
+from distill.config.rollout import RolloutConfig
 from distill.run.board import Board, first_of_node, from_all, store_of
 from distill.run.grid import Grid, refuse_other_launchers
 from distill.run.nodes import check_nodes

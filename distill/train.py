@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from distill import __version__
-from distill.config import TrainConfig
+from distill.config.train import TrainConfig
 from distill.run.board import Board, store_of
 from distill.run.grid import Grid, refuse_other_launchers
 from distill.run.nodes import check_nodes

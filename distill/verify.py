@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.errors import ConfigError, DistillError, UserError
 from distill.run.log import adapt_to_machine
 from distill.settings import expand, load, split

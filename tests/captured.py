@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill.config import CaptureConfig
+from distill.config.generate import CaptureConfig
 from distill.teacher.capture import Captured
 from distill.teacher.method import capture
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import distill.teacher.loading
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.generate import generate
 from distill.run.board import shared_store
 from distill.run.grid import Grid

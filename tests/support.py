@@ -244,7 +244,7 @@ def generate_here(folder: Path, *arguments: str, models: dict[str, Any] | None =
 
     models: keeps teachers that are loaded, by the name of their folder
     """
-    from distill.config import GenerateConfig
+    from distill.config.generate import GenerateConfig
     from distill.run.board import Board
     from distill.run.grid import Grid
     from distill.run.watch import Watch

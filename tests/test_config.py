@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import GenerateConfig, TrainConfig
+from distill.config.generate import GenerateConfig
+from distill.config.train import TrainConfig
 from distill.errors import ConfigError
 from distill.settings import _leaves, help_text, load, to_yaml
 

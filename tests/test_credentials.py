@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from distill import TeacherCache, credentials, inspect
-from distill.config import GenerateConfig, StoreConfig, TrainConfig
+from distill.config.generate import GenerateConfig, StoreConfig
+from distill.config.train import TrainConfig
 from distill.credentials import HIDDEN, hide, is_credential, keep_secret
 from distill.errors import ConfigError, DistillError, PeerError, StoreError, UserError, first_line
 from distill.run import log
@@ -259,7 +260,7 @@ def test_logs_have_no_credential(
 
 FAILING = f"""
 import sys, threading
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.credentials import keep_secret
 from distill.run.session import run_worker
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import GenerateConfig, TrainConfig
+from distill.config.generate import GenerateConfig
+from distill.config.train import TrainConfig
 from distill.settings import load
 from tests.support import environment, tree
 

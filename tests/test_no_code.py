@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from distill import TeacherCache
-from distill.config import StudentConfig, TeacherConfig
+from distill.config.generate import TeacherConfig
+from distill.config.train import StudentConfig
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.store.metadata import array_digest, encode, group_document, sealed
 from distill.student.checkpoint import Checkpoints

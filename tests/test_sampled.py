@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distill import DistillationLoss, Learner, TeacherCache, collate
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.errors import ConfigError
 from distill.hf import DistillationTrainer
 from distill.inspect import describe

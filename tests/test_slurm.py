@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.settings import load
 from tests.processes import committed
 from tests.support import environment, generate, has, tree, wait_for

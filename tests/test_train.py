@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distill import DistillationLoss, Learner, TeacherCache
-from distill.config import OptimizerConfig, StudentConfig, TrainConfig
+from distill.config.train import OptimizerConfig, StudentConfig, TrainConfig
 from distill.errors import ConfigError
 from distill.student.batches import split
 from distill.student.evaluate import evaluate

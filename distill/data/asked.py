@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from distill.config import DatasetConfig
+from distill.config.data import DatasetConfig
 from distill.data.chat import ChatEncoder
 from distill.data.files import Row
 from distill.data.form import Encoded, Form, empty

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from distill.config import DatasetConfig
+from distill.config.data import DatasetConfig
 from distill.data.files import Row, first_rows, kind, kinds, read, saved_rows
 from distill.errors import DataError, UserError, first_line
 from distill.store.fingerprint import digest, text_digest

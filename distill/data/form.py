@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from distill.config import DatasetConfig
+from distill.config.data import DatasetConfig
 from distill.data.files import Row
 from distill.data.messages import show
 from distill.errors import DataError

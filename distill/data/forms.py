@@ -6,7 +6,7 @@ A form turns examples into token ids, and says which of them are trained on. doc
 from collections.abc import Sequence
 from typing import Any
 
-from distill.config import DatasetConfig
+from distill.config.data import DatasetConfig
 from distill.data.chat import ChatEncoder
 from distill.data.dataset import template_of
 from distill.data.files import Row

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from distill.config import DatasetConfig
+from distill.config.data import DatasetConfig
 from distill.data.files import Row
 from distill.data.form import Encoded, Form, empty
 from distill.data.messages import show

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from distill.config import DatasetConfig
+from distill.config.data import DatasetConfig
 from distill.data.dataset import Data
 from distill.data.files import Row
 from distill.data.form import Encoded, Form

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from distill import __version__
-from distill.config import RolloutConfig, TeacherConfig
+from distill.config.generate import TeacherConfig
+from distill.config.rollout import RolloutConfig
 from distill.data.asked import turn_end
 from distill.errors import ConfigError, TeacherError
 from distill.rollouts.parts import Parts

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from distill.config import DatasetConfig, PromptsConfig
+from distill.config.data import DatasetConfig
+from distill.config.rollout import PromptsConfig
 from distill.data.asked import ask
 from distill.data.dataset import find
 from distill.data.form import Encoded

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from distill.config import SamplingConfig
+from distill.config.rollout import SamplingConfig
 from distill.errors import ConfigError, NumericalError
 from distill.rollouts.draws import Draws, uniforms
 from distill.teacher.check import forget_lengths, probe, relative_difference, rope_switch

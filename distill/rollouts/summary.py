@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pyarrow.parquet
 
-from distill.config import RolloutConfig
+from distill.config.rollout import RolloutConfig
 from distill.rollouts.parts import Parts
 from distill.teacher.summary import table
 from distill.teacher.worker import Totals

@@ -4,7 +4,7 @@ import logging
 import time
 from typing import Any
 
-from distill.config import RolloutConfig
+from distill.config.rollout import RolloutConfig
 from distill.rollouts.parts import Row
 from distill.rollouts.prepare import Job
 from distill.rollouts.sampling import Sampler

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from distill.config import TrainConfig
+from distill.config.train import TrainConfig
 from distill.errors import ConfigError, StorageError, StoreError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from distill.config import TrainConfig
+from distill.config.train import TrainConfig
 from distill.errors import ConfigError, StorageError, disk_failure
 from distill.reading.cache import TeacherCache
 from distill.run.nodes import PROBE

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from distill.config import StudentConfig, TeacherConfig
+from distill.config.generate import TeacherConfig
+from distill.config.train import StudentConfig
 from distill.errors import ConfigError, TeacherError, first_line
 from distill.student.loss import DistillationLoss
 from distill.teacher import adapter

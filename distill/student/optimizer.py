@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distill.config import OptimizerConfig
+from distill.config.train import OptimizerConfig
 from distill.reading.samples import Batch
 
 

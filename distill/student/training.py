@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill.config import TrainConfig
+from distill.config.train import TrainConfig
 from distill.errors import NumericalError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import BatchConfig, CaptureConfig, GenerateConfig, TeacherConfig
+from distill.config.generate import BatchConfig, CaptureConfig, GenerateConfig, TeacherConfig
 from distill.data.plan import batches
 from distill.errors import ConfigError, StoreError, TeacherError
 from distill.run.device import pick_device

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distill.config import ParallelConfig
+from distill.config.generate import ParallelConfig
 from distill.errors import TeacherError, first_line
 from distill.run.device import count_devices, free_bytes
 from distill.run.grid import Grid

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distill.config import CaptureConfig
+from distill.config.generate import CaptureConfig
 from distill.teacher.capture import Captured, conclude, reduce
 from distill.teacher.sample import sample
 from distill.teacher.share import Share

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill.config import CaptureConfig
+from distill.config.generate import CaptureConfig
 from distill.errors import TeacherError, first_line
 from distill.teacher.backbone import Backbone, BackboneEnd, Float32Head, backbones
 from distill.teacher.capture import Captured

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distill.config import ParallelConfig
+from distill.config.generate import ParallelConfig
 from distill.errors import ConfigError, TeacherError
 from distill.run.grid import Grid
 from distill.teacher.pipeline import decoder_layers

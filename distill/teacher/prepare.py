@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill import __version__
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data import plan
 from distill.data.dataset import Data
 from distill.data.dataset import find as find_data

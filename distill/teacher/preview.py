@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.config import CaptureConfig, GenerateConfig
+from distill.config.generate import CaptureConfig, GenerateConfig
 from distill.data import plan
 from distill.data.dataset import find as find_data
 from distill.data.show import marked

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill.config import TeacherConfig
+from distill.config.generate import TeacherConfig
 from distill.errors import TeacherError, UserError, first_line
 from distill.settings import expand
 from distill.store.fingerprint import digest, text_digest

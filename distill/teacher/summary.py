@@ -1,6 +1,6 @@
 """A store in words: how large it is, what it keeps, how fast it came."""
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.store.store import Store
 from distill.teacher.choice import Choice
 from distill.teacher.worker import Totals

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data.plan import batches
 from distill.errors import NumericalError
 from distill.run.board import Board

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.generate import generate
 from distill.run.board import Board, store_of
 from distill.run.grid import Grid

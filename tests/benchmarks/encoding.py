@@ -29,7 +29,7 @@ import torch
 import transformers
 import zarr
 
-from distill.config import CaptureConfig, TeacherConfig
+from distill.config.generate import CaptureConfig, TeacherConfig
 from distill.store.schema import CAPTURED
 from distill.store.store import Store
 from distill.store.writable import WritableStore

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import CaptureConfig
+from distill.config.generate import CaptureConfig
 from distill.student.divergence import Target, forward_kl
 from distill.student.loss import DistillationLoss
 from distill.teacher.capture import round_logprobs

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import transformers
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data.dataset import find
 from distill.data.plan import Plan
 from distill.run.board import Board, store_of

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from distill.config import CaptureConfig
+from distill.config.generate import CaptureConfig
 from distill.rollouts.draws import Draws, uniforms
 from distill.student.loss import DistillationLoss
 from distill.teacher import sample

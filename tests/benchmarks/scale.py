@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data import plan
 from distill.data.tokenize import Samples
 from distill.errors import StoreError

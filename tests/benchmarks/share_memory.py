@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from distill.config import TeacherConfig
+from distill.config.generate import TeacherConfig
 from distill.run.board import Board, store_of
 from distill.run.grid import Grid
 from distill.run.groups import process_group

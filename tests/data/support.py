@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data.dataset import find
 from distill.data.show import marked
 from distill.data.tokenize import Samples, tokenize

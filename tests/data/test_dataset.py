@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data.dataset import find
 from distill.errors import DataError
 from distill.settings import load

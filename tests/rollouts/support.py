@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet
 import torch
 
-from distill.config import RolloutConfig
+from distill.config.rollout import RolloutConfig
 from distill.rollouts import prepare
 from distill.rollouts.prompts import Prompts, Reader
 from distill.rollouts.sampling import Sampler, stop_ids

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from distill.config import RolloutConfig
+from distill.config.rollout import RolloutConfig
 from distill.errors import ConfigError, NumericalError
 from distill.rollouts import prepare
 from distill.rollouts.draws import log_distribution

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.run.log import _LogFile
 from distill.run.session import run_worker
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.config import CaptureConfig, GenerateConfig
+from distill.config.generate import CaptureConfig, GenerateConfig
 from distill.errors import UserError
 from distill.run import nodes
 from distill.run.board import Board

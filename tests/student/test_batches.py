@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from distill import TeacherCache
-from distill.config import CacheConfig, OptimizerConfig, TrainBatchConfig, TrainConfig
+from distill.config.generate import CacheConfig
+from distill.config.train import OptimizerConfig, TrainBatchConfig, TrainConfig
 from distill.errors import ReaderError, StorageError
 from distill.run.grid import Grid
 from distill.student.batches import StepBatches

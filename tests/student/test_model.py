@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distill import DistillationLoss, Learner, TeacherCache, collate
-from distill.config import StudentConfig
+from distill.config.train import StudentConfig
 from distill.errors import ConfigError
 from distill.student.evaluate import BINS, measured, summarize
 from distill.student.model import build, check, find, shortened

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distill import DistillationLoss, Learner, TeacherCache, collate
-from distill.config import TrainConfig
+from distill.config.train import TrainConfig
 from distill.errors import ConfigError
 from distill.hf import DistillationTrainer
 from distill.student.divergence import on_policy

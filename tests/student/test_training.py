@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from distill import DistillationLoss, Learner, TeacherCache, collate
-from distill.config import OptimizerConfig, TrainBatchConfig, TrainConfig
+from distill.config.train import OptimizerConfig, TrainBatchConfig, TrainConfig
 from distill.errors import DataError, NumericalError
 from distill.reading.samples import empty_sample
 from distill.run.grid import Grid

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.config import StudentConfig, TeacherConfig
+from distill.config.generate import TeacherConfig
+from distill.config.train import StudentConfig
 from distill.errors import ConfigError, TeacherError
 from distill.student.model import build, find
 from distill.teacher.loading import load

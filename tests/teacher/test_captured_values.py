@@ -116,7 +116,7 @@ def test_random_models(
 
 
 def test_smollm2(tmp_path: Path) -> None:
-    from distill.config import TeacherConfig
+    from distill.config.generate import TeacherConfig
     from distill.teacher.source import locate
 
     ran = generate(

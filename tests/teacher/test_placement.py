@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from distill.config import GenerateConfig, ParallelConfig, TeacherConfig
+from distill.config.generate import GenerateConfig, ParallelConfig, TeacherConfig
 from distill.errors import ConfigError, TeacherError
 from distill.run.grid import Grid
 from distill.settings import load

@@ -163,7 +163,7 @@ def test_shards_of_the_vocabulary_draw_the_same(vocabulary: int, sizes: list[int
 
 
 def test_settings_that_a_sample_cannot_have() -> None:
-    from distill.config import GenerateConfig
+    from distill.config.generate import GenerateConfig
 
     for more, told in (
         ("capture.k=1", r"capture\.k: expected at least 2 with .* found 1 \(or use capture\.method=topk\)"),

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from distill.config import StudentConfig, TeacherConfig
+from distill.config.generate import TeacherConfig
+from distill.config.train import StudentConfig
 from distill.errors import ConfigError, TeacherError, first_line
 from distill.student.model import find
 from distill.teacher import demo

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-from distill.config import StudentConfig, TeacherConfig
+from distill.config.generate import TeacherConfig
+from distill.config.train import StudentConfig
 from distill.errors import TeacherError
 from distill.student.model import build, find
 from distill.teacher.loading import load

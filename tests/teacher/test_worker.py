@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.config import GenerateConfig
+from distill.config.generate import GenerateConfig
 from distill.data.plan import lay_out
 from distill.run.board import Board
 from distill.run.grid import Grid

@@ -1,0 +1,7 @@
+"""Every setting, with its default and its line of --help, as frozen dataclasses; settings.py reads them.
+
+data.py      ExamplesConfig, DatasetConfig
+generate.py  TeacherConfig, CaptureConfig, ParallelConfig, BatchConfig, CacheConfig, StoreConfig, GenerateConfig
+train.py     StudentConfig, LossConfig, OptimizerConfig, TrainBatchConfig, EvaluationConfig, TrainConfig
+rollout.py   RolloutStudentConfig, PromptsConfig, SamplingConfig, RolloutBatchConfig, RolloutConfig
+"""
