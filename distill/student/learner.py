@@ -132,12 +132,21 @@ class BatchLoss:
     ) -> Tensor:
         """A scalar: `what` of the hidden states and the head; or of all logits, and a head that returns them."""
         inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+
+        def of_each_token(states: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+            if states.shape[:2] != inputs["input_ids"].shape:
+                raise ConfigError(
+                    f"model: expected {inputs['input_ids'].shape[1]} positions for as many tokens, found "
+                    f"{states.shape[1]}: an adapter that adds tokens of its own (prompt tuning) is not meant"
+                )
+            return what(states, head)
+
         if not self._sliced:
-            return what(model(**inputs, use_cache=False).logits, lambda logits: logits)
+            return of_each_token(model(**inputs, use_cache=False).logits, lambda logits: logits)
         head = inner.get_output_embeddings()
         logits_of = head.forward
         # inside of what DDP, FSDP and autocast wrap: what they do to a forward pass, they do to the loss
-        with _replaced(head, lambda hidden: what(hidden, logits_of).view(1, 1, 1)):
+        with _replaced(head, lambda hidden: of_each_token(hidden, logits_of).view(1, 1, 1)):
             scalar: Tensor = model(**inputs, use_cache=False).logits
         if scalar.numel() != 1:
             raise ConfigError("model: expected a forward that calls the output head, found a compiled or fused one")

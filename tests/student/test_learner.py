@@ -74,6 +74,19 @@ def test_a_saved_head(small_store: Path) -> None:
     compared(peft.get_peft_model(build_model("llama"), settings), small_store, packed=True)
 
 
+@OLD_WORDS
+def test_tokens_of_an_adapter_are_refused(small_store: Path) -> None:
+    """Prompt tuning puts tokens of its own before each text, about which the store says nothing."""
+    import peft
+
+    cache, batch = batch_of(small_store)
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    for name in ("llama", "cohere"):  # the head in chunks, and all logits
+        learner = Learner(peft.get_peft_model(build_model(name), settings), LOSS, cache.temperatures)
+        with pytest.raises(ConfigError, match="model: expected 96 positions for as many tokens, found 101"):
+            learner(batch)
+
+
 def test_a_multimodal_model(small_store: Path) -> None:
     """Its base_model is the model itself, or has vision in it; the head is a head."""
     from transformers import AutoModelForImageTextToText, Mistral3Config
