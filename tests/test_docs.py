@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill import DistillationLoss, Learner
+from distill import DistillationLoss, Learner, collate
 from distill.hf import DistillationTrainer
 from tests.flash_attention import flash_attention
 from tests.support import make_tokenizer
@@ -64,7 +64,7 @@ def test_the_loop_of_ones_own(
 def test_the_trainer(small_store: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, TrainingArguments
 
-    (block,) = [block for block in blocks() if "DistillationTrainer" in block]
+    (block,) = [block for block in blocks() if "DistillationTrainer" in block and "SFTTrainer" not in block]
     args = TrainingArguments(
         str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
         per_device_train_batch_size=4, learning_rate=1e-4, save_strategy="no",
@@ -83,3 +83,42 @@ def test_the_trainer(small_store: Path, model_folder: Any, tmp_path: Path, monke
     assert names["trainer"]._packed
     logged = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
     assert [float(loss) for loss in logged] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # TRL's and peft's words
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("nothing_yet", [True, False])
+def test_sft_trainer(
+    nothing_yet: bool, small_store: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and gradients. The student is the teacher: while its adapters do nothing, its loss is nearly nothing."""
+    (block,) = [block for block in blocks() if "SFTTrainer" in block]
+    given = "max_steps=2, report_to='none', use_cpu=True, disable_tqdm=True, logging_steps=1, bf16=False, learning_rate"
+    block = block.replace("Qwen/Qwen2.5-0.5B", str(model_folder("llama"))).replace("learning_rate", given)
+    block = block.replace("outputs/mine.zarr", str(small_store)).replace("outputs/sft", str(tmp_path))
+    block = block.replace("r=16", f"r=16, init_lora_weights={nothing_yet}")
+    losses: list[float] = []
+    plain = DistillationTrainer.compute_loss
+
+    def watched(self: DistillationTrainer, model: Any, batch: Any, *more: Any, **named: Any) -> Any:
+        mean: torch.Tensor = plain(self, model, batch, *more, **named)
+        if model.training:
+            logits = model(batch["input_ids"]).logits
+            expected = DistillationLoss().from_logits(logits, batch, [1.0, 2.0]) / batch["loss_mask"].sum()
+            trained = [weight for weight in model.parameters() if weight.requires_grad]
+            gradients = [torch.autograd.grad(loss, trained, retain_graph=True) for loss in (mean, expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+            losses.append(alone(model, batch, DistillationLoss()))
+        return mean
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", watched)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    logged = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
+    assert [float(loss) for loss in logged] == pytest.approx(losses, rel=1e-4, abs=1e-7)
+    assert (losses[0] < 1e-3) is nothing_yet
+    assert losses[1] != losses[0]
+    evaluated = names["trainer"].evaluate()["eval_held_out_loss"]
+    expected = alone(names["trainer"].model, collate(list(names["held_out"])), DistillationLoss())
+    assert evaluated == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 0
