@@ -20,7 +20,7 @@ import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import ProcessorMixin, Trainer, TrainerCallback
 
 from distill.config.generate import TeacherConfig
 from distill.errors import ConfigError, NumericalError
@@ -61,6 +61,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     train_dataset: Any
     eval_dataset: Any
     _name = "distillation"  # what a model was trained with, as TRL's model cards say
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise ConfigError for a class whose batches and loss would be those of a Trainer of TRL."""
+        super().__init_subclass__(**kwargs)
+        if (first := next(filter(_is_trl, cls.__mro__[: cls.__mro__.index(DistillationTrainer)]), None)) is not None:
+            raise ConfigError(f"{cls.__name__}: expected DistillationTrainer before {first.__name__}, found it after")
 
     def __init__(
         self,
@@ -114,10 +120,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             )
         if self.train_dataset is not None:
             self._check("train_dataset", self.train_dataset)
-            if hasattr(self.train_dataset, "set_epoch") and self.args.dataloader_persistent_workers:
-                raise ConfigError(
-                    "dataloader_persistent_workers: expected False with samples that change with each epoch, found True"
-                )
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._padded(cache) for name, cache in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
@@ -127,7 +129,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         _expect_cache(name, cache)
         if self.processing_class is None:
             raise ConfigError("processing_class: expected the student's tokenizer, found none")
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # of a multimodal student
+        tokenizer = self.processing_class
+        tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
         check(Source(Path(), TeacherConfig(), self.model.config, tokenizer), self.distillation_loss, cache)
         if len(cache) or name == "train_dataset":
             cache.check_trained(f"of {name}")
@@ -222,9 +225,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return output
 
 
+def _is_trl(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "trl"
+
+
 def _of_trl(kind: type, args: Any) -> bool:
     """Whether such a Trainer is TRL's SFTTrainer too. Raises ConfigError for its others, and for args about texts."""
-    name = next((base.__name__ for base in kind.__mro__ if base.__module__.split(".")[0] == "trl"), None)
+    name = next((base.__name__ for base in kind.__mro__ if _is_trl(base)), None)
     if name is None:
         return False
     if name != "SFTTrainer":
