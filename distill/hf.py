@@ -134,7 +134,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         check(Source(Path(), TeacherConfig(), self.model.config, tokenizer), self.distillation_loss, cache)
         if len(cache) or name == "train_dataset":
             cache.check_trained(f"of {name}")
-        longest = self.args.max_length if self._of_trl else None
+        longest = getattr(self.args, "max_length", None) if self._of_trl else None
         if longest is not None and cache.max_length > longest:
             raise ConfigError(
                 f"max_length: expected None or at least {cache.max_length}, the longest sample of {cache.path}, found "

@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
 ]
 OF_TRL = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
+
+
+@pytest.fixture(autouse=True)
+def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **_: None)
 
 
 class Mine(DistillationTrainer, trl.SFTTrainer):  # type: ignore[misc]
@@ -182,6 +188,7 @@ def test_two_workers_are_one(small_store: Path, tmp_path: Path) -> None:
 def _worker(store: Path, folder: Path, rank: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, not used
+    os.environ["CI"] = "1"  # TRL sends no telemetry then
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     found = _step(store, folder, 1, gradient_accumulation_steps=2, ddp_backend="gloo")
@@ -242,10 +249,13 @@ def test_what_is_refused(small_store: Path, tmp_path: Path) -> None:
         trainer(tmp_path, some(small_store, 4), model, peft_config=prompts).train()
 
 
-@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer", "RewardTrainer", "DistillationTrainer"])
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer", "RewardTrainer", "DistillationTrainer", "GKDTrainer"])
 def test_other_trainers_of_trl(name: str, small_store: Path, tmp_path: Path) -> None:
-    other = type("Other", (DistillationTrainer, getattr(trl, name)), {})
-    with pytest.raises(ConfigError, match=f"Other: expected TRL's SFTTrainer, found {name}"):
+    """The last of them is an SFTTrainer as well."""
+    room = import_module("trl.experimental.gkd") if name == "GKDTrainer" else trl
+    other = type("Other", (DistillationTrainer, getattr(room, name)), {})
+    with pytest.raises(ConfigError, match=f"Other: expected TRL's SFTTrainer, found {name}, which makes batches"):
         other(build_model("llama"), arguments(tmp_path), train_dataset=TeacherCache(str(small_store)))
 
 
