@@ -23,9 +23,8 @@ from distill.run.log import adapt_to_machine
 from distill.settings import expand, load, split
 from distill.store.store import Store
 from distill.student.metrics import is_run, side_by_side
-from distill.teacher.choice import Choice
 from distill.teacher.source import local_tokenizer
-from distill.teacher.summary import human, table
+from distill.teacher.summary import arrays_of, lines_of, state_of, table
 
 _USAGE = (
     "usage: python -m distill.inspect STORE [CONFIG.yaml ...] [store.options.KEY=VALUE ...], "
@@ -61,33 +60,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def describe(store: Store) -> str:
     """The whole description, as printed."""
-    found = store.attributes
-    committed, lengths = store.committed(), store.read_all("sample_length")
-    tokens = int(store.tokens_per_block()[committed].sum())
-    state = "complete"
-    if not store.complete or not committed.all():
-        state = f"unfinished: {committed.sum()} of {len(committed)} blocks, {tokens:,} tokens"
-    sizes = {name: store.describe(name) for name in store.array_names()}
-    total = sum(size for _, _, size in sizes.values())
-    teacher = found["teacher"]
-    head = table(
-        {
-            store.path: f"{found['format']}, version {found['version']}, {state}",
-            "teacher": f"{teacher['model']} ({teacher['architecture']}, {teacher['dtype']}), "
-            f"vocabulary {found['vocab_size']:,}, tokenizer {found['tokenizer']['vocab_size']:,}",
-            "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
-            f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
-            "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}",
-            **Choice.of(store).lines(found["vocab_size"], found["config"].get("store.codec", "portable")),
-            "layout": f"{len(committed)} blocks of {store.block_rows:,} rows",
-            "size": f"{human(total)}, {total / max(1, tokens):.0f} bytes/token",
-            "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        }
-    )
-    arrays = [f"{'array':16}{'shape':>16}{'dtype':>10}{'size':>12}{'bytes/token':>13}"]
-    for name, (shape, dtype, size) in sizes.items():
-        shown = " x ".join(map(str, shape))
-        arrays.append(f"{name:16}{shown:>16}{dtype:>10}{human(size):>12}{size / max(1, tokens):>13.1f}")
+    committed = store.committed()
+    head = table({store.path: state_of(store), **lines_of(store)})
+    names, *sizes = arrays_of(store)
+    arrays = [
+        f"{name:16}{shape:>16}{dtype:>10}{size:>12}{each:>13}" for name, shape, dtype, size, each in [names, *sizes]
+    ]
+    teacher = store.attributes["teacher"]
     tokenizer = local_tokenizer(teacher["model"], teacher["revision"])
     return "\n\n".join([head, "\n".join(arrays), *_examples(store, committed, tokenizer)])
 

@@ -18,7 +18,8 @@ from distill.student.loss import DistillationLoss, are_drawn
 BINS = 15
 """Bins of confidence of the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
-_TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.0)
+TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.0)
+"""The divergence that is measured: over the kept ids and the rest as one event."""
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def measured(logits: Tensor, rows: Mapping[str, Tensor], temperatures: list[floa
     whole = [
         torch.tensor(len(following), device=logits.device),
         torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="sum"),
-        _TO_TEACHER.per_row(logits, _without_draws(rows), temperatures).sum(),
+        TO_TEACHER.per_row(logits, without_draws(rows), temperatures).sum(),
         (guess == rows["target_ids"][:, 0]).sum(),
     ]
     return torch.cat([torch.stack([value.double() for value in whole]), per_bin.flatten()])
@@ -87,8 +88,8 @@ def measured_on_policy(logits: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([ratio.sum(), (torch.expm1(-ratio) + ratio).sum(), entropy.double().sum()])
 
 
-def _without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows without the ids that were drawn: their weights say what the teacher does in the mean, not how KL is."""
+def without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of a batch without drawn ids: their weights say what the teacher does in the mean, not how KL is."""
     ids, logprobs = rows["target_ids"], rows["target_logprobs"]
     none = (ids < 0) | are_drawn(ids, logprobs)
     ids, logprobs = torch.where(none, ids[:, :1], ids), logprobs.masked_fill(none, -torch.inf)

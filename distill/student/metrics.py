@@ -12,9 +12,10 @@ from typing import Any
 
 from distill.errors import ConfigError
 
-_SHOWN = {"cross_entropy": "cross-entropy", "kl": "KL to teacher", "top1_agreement": "top-1 agreement"}
-_SHOWN |= {"calibration_error": "calibration error", "log_ratio": "log-ratio to teacher"}
-_SHOWN |= {"reverse_kl": "reverse KL, estimated", "entropy": "entropy of the student"}
+SHOWN = {"cross_entropy": "cross-entropy", "kl": "KL to teacher", "top1_agreement": "top-1 agreement"}
+SHOWN |= {"calibration_error": "calibration error", "log_ratio": "log-ratio to teacher"}
+SHOWN |= {"reverse_kl": "reverse KL, estimated", "entropy": "entropy of the student"}
+"""Held-out figures, in words."""
 
 
 class Metrics:
@@ -86,7 +87,7 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
     width = max(10, *(len(name) + 2 for name in columns))
     tokens = next(iter(columns.values()))["tokens"]
     lines = [f"{f'held out, {tokens:,} tokens':28}" + "".join(f"{name:>{width}}" for name in columns)]
-    for figure, words in _SHOWN.items():
+    for figure, words in SHOWN.items():
         if any(figure in found for found in columns.values()):
             lines.append(f"{words:28}" + "".join(_shown(found, figure).rjust(width) for found in columns.values()))
     return "\n".join(lines)

@@ -18,6 +18,6 @@ check      what a model must be: causal, and at which lengths it changes; probe,
 method     capture: what is kept of the logits; capture: the k most probable ids; sample: a sample of them
 audit      audit, report: whether a store is what its teacher says
 worker     Worker, Totals: from tokens to committed blocks
-choice     Choice, expected_bytes: what each k would keep, and what it would cost
-summary    summary, table, human: a run in words
+choice     Choice, expected_bytes, least_entropy: what each k would keep, and what it would cost
+summary    summary, table, human: a run in words; state_of, lines_of, arrays_of: a store in words
 """

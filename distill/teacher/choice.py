@@ -56,13 +56,10 @@ class Choice:
         self._nll, self._targets = self._nll - float(known.sum()), self._targets + len(known)
         p = np.nan_to_num(np.exp(logprobs.astype(np.float64)), nan=0.0)
         rest, num_ids = np.exp(tail.astype(np.float64)), (ids >= 0).sum(axis=1)
-        num_drawn = np.isnan(logprobs).sum(axis=1) - (ids < 0).sum(axis=1)
-        least = np.where(np.isnan(logprobs), np.inf, p).min(axis=1)
-        most = np.where(num_drawn > 0, rest / np.maximum(num_drawn, 1), np.minimum(least, rest))  # of an id of the rest
         self.rows += len(p)
         self._ids += float(num_ids.sum())
         self._mass += p.cumsum(axis=1)[:, [k - 1 for k in self._ks]].sum(axis=0)
-        self._entropy -= float((_plogp(p).sum(axis=1) + rest * np.log(np.maximum(most, 1e-30))).sum())
+        self._entropy += float(least_entropy(ids, logprobs, tail).sum())
         for k in self._sampled:
             expected = np.minimum(1, k * p).sum(axis=1) + k * rest
             self._sampled[k] += float(np.minimum(np.ceil(expected - 1e-6), np.minimum(k, num_ids)).sum())
@@ -120,6 +117,18 @@ def expected_bytes(method: str, ids: float, vocab_size: int, num_temperatures: i
     """About the bytes of a token in a store of so many ids a row: as measured (docs/benchmarks.md, "Size")."""
     of_id, of_logprob, of_temperature = _MEASURED[method, codec]
     return ids * (of_id * math.log2(vocab_size) / 8 + of_logprob) + of_temperature * num_temperatures + _OF_TOKEN
+
+
+def least_entropy(
+    ids: NDArray[np.integer], logprobs: NDArray[np.floating], tail: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """[N] nats: the least that the entropy of each row may be, from rows as in `Choice.add`."""
+    p, rest = np.nan_to_num(np.exp(logprobs.astype(np.float64)), nan=0.0), np.exp(tail.astype(np.float64))
+    num_drawn = np.isnan(logprobs).sum(axis=1) - (ids < 0).sum(axis=1)
+    least = np.where(np.isnan(logprobs), np.inf, p).min(axis=1)
+    most = np.where(num_drawn > 0, rest / np.maximum(num_drawn, 1), np.minimum(least, rest))  # of an id of the rest
+    entropy: NDArray[np.float64] = -_plogp(p).sum(axis=1) - rest * np.log(np.maximum(most, 1e-30))
+    return entropy
 
 
 def _plogp(p: NDArray[np.float64]) -> NDArray[Any]:

@@ -42,3 +42,43 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def state_of(store: Store) -> str:
+    """The format of a store, and how complete it is."""
+    found, committed = store.attributes, store.committed()
+    state = "complete"
+    if not store.complete or not committed.all():
+        state = f"unfinished: {committed.sum()} of {len(committed)} blocks, {_tokens(store):,} tokens"
+    return f"{found['format']}, version {found['version']}, {state}"
+
+
+def lines_of(store: Store) -> dict[str, str]:
+    """What a store is, by the names of lines: its teacher, data, method, what each k would keep, its size, versions."""
+    found, lengths = store.attributes, store.read_all("sample_length")
+    total, teacher = sum(store.describe(name)[2] for name in store.array_names()), found["teacher"]
+    return {
+        "teacher": f"{teacher['model']} ({teacher['architecture']}, {teacher['dtype']}), "
+        f"vocabulary {found['vocab_size']:,}, tokenizer {found['tokenizer']['vocab_size']:,}",
+        "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
+        f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
+        "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}",
+        **Choice.of(store).lines(found["vocab_size"], found["config"].get("store.codec", "portable")),
+        "layout": f"{store.num_blocks} blocks of {store.block_rows:,} rows",
+        "size": f"{human(total)}, {total / max(1, _tokens(store)):.0f} bytes/token",
+        "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+    }
+
+
+def arrays_of(store: Store) -> list[list[str]]:
+    """A row of cells for each array: its name, shape, dtype, size and bytes a token; before them a row of titles."""
+    rows, tokens = [["array", "shape", "dtype", "size", "bytes/token"]], max(1, _tokens(store))
+    for name in store.array_names():
+        shape, dtype, size = store.describe(name)
+        rows.append([name, " x ".join(map(str, shape)), dtype, human(size), f"{size / tokens:.1f}"])
+    return rows
+
+
+def _tokens(store: Store) -> int:
+    """The tokens of the blocks that are committed."""
+    return int(store.tokens_per_block()[store.committed()].sum())

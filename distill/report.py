@@ -1,0 +1,117 @@
+"""Write a report of a store, and of students that learned from it: one HTML file, to be opened in any browser.
+
+    python -m distill.report outputs/demo.zarr                                             # writes report.html
+    python -m distill.report outputs/demo.zarr outputs/text_only outputs/distilled --teacher -o outputs/report.html
+
+What the store is, plots of it, and samples of it token by token: how surprised the teacher was, and what it expected.
+Of students, the folders of training runs: their held-out figures, what they make of a few beginnings before and after
+their training, and where they differ most from the teacher. They are loaded for that.
+
+-o FILE    where to write; report.html if it is left out. The folder is made
+--teacher  let the teacher continue the same beginnings as the students; it is loaded too, in float32
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.config.generate import GenerateConfig
+from distill.errors import ConfigError, DistillError, UserError
+from distill.run.log import adapt_to_machine
+from distill.settings import expand, load, split
+
+_USAGE = (
+    "usage: python -m distill.report STORE [STUDENT_FOLDER ...] [-o report.html] [--teacher] [CONFIG.yaml ...] "
+    "[store.options.KEY=VALUE ...]"
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report that is asked for; return the exit status: 0, 1 failed, 2 bad usage or input."""
+    adapt_to_machine()
+    if {"--help", "-h"} & {*arguments}:
+        print(f"{_USAGE}\n\n{__doc__}")
+        return 0
+    try:
+        report(arguments)
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write the report that these command-line arguments ask for, and say where it is.
+
+    Raises DistillError as its parts do: for what is not a store, or not a training run of it; where files fail.
+    """
+    settings, others = split(arguments, "store.options")
+    paths, file = _places(others)
+    store_path, folders = paths[0], [Path(path) for path in paths[1:]]
+    with_teacher = "--teacher" in others
+    if with_teacher and not folders:
+        raise ConfigError(f"--teacher: expected the folders of students, whose beginnings it continues; {_USAGE}")
+    if twice := {folder.name for folder in folders if [one.name for one in folders].count(folder.name) > 1}:
+        raise ConfigError(f"expected students' folders of different names, found {min(twice)} twice")
+    # Imported here: they take seconds, which --help should not.
+    from distill.page import figures
+    from distill.page.html import Page
+    from distill.page.look import look
+    from distill.page.students import read_student, watch
+    from distill.reading.cache import TeacherCache
+    from distill.store.store import Store
+    from distill.teacher.source import local_tokenizer
+    from distill.teacher.summary import arrays_of, human, lines_of
+
+    figures.check_installed()
+    options = load(GenerateConfig, settings).store.options
+    cache = TeacherCache(store_path, options)
+    students = [read_student(folder, cache) for folder in folders]
+    _check_writable(file)
+    store, teacher = Store.existing(store_path, options), cache.attributes["teacher"]
+    title = store_path.rstrip("/").rpartition("/")[2]
+    page = Page(local_tokenizer(teacher["model"], teacher["revision"]), cache.attributes["method"])
+    lead = f"what {teacher['model']} says of {len(cache):,} samples"
+    page.head(title, lead, lines_of(store), arrays_of(store))
+    seen = look(cache)
+    if students:
+        page.students(students, watch(students, cache, with_teacher, lambda what: print(f"asking {what}", flush=True)))
+    page.tokens(seen)
+    page.store(seen)
+    page.save(f"{title} - distill", file)
+    print(f"report  {file} ({human(file.stat().st_size)}), for any browser")
+
+
+def _places(others: Sequence[str]) -> tuple[list[str], Path]:
+    """The paths that are named, and the file to write. Raises ConfigError for other options."""
+    paths: list[str] = []
+    file, rest = "report.html", [one for one in others if one != "--teacher"]
+    while rest:
+        word = rest.pop(0)
+        if word == "-o":
+            if not rest:
+                raise ConfigError(f"-o: expected a file to write, found nothing; {_USAGE}")
+            file = rest.pop(0)
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown option {word}; {_USAGE}")
+        else:
+            paths.append(expand(word, "STORE"))
+    if not paths:
+        raise ConfigError(f"expected a store, found none; {_USAGE}")
+    return paths, Path(expand(file, "-o"))
+
+
+def _check_writable(file: Path) -> None:
+    """Raise ConfigError where `file` could not be written, before minutes are spent on it."""
+    at = file.absolute().parent
+    while not at.exists():
+        at = at.parent
+    if file.is_dir() or not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+        raise ConfigError(f"-o: expected a file that can be written, found {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
