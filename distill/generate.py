@@ -62,6 +62,7 @@ def generate(config: GenerateConfig, grid: Grid, session: Session) -> None:
     from distill.teacher.worker import Worker
 
     refuse_other_launchers()
+    config.store.check_written()
     device = pick_device("teacher.device", config.teacher.device, grid.local_rank, grid.local_world_size)
     session.open(config.log_dir, grid.log_name)
     board = Board(store_of(grid))
@@ -132,6 +133,7 @@ def show_plan(config: GenerateConfig, grid: Grid, session: Session, arguments: S
 
     measure: run the teacher over a few batches, to say what each capture.k would keep of it; else it is not loaded.
     """
+    config.store.check_written()
     if grid.rank == 0:
         from distill.teacher.preview import preview
 

@@ -24,7 +24,7 @@ from distill.settings import expand, load, split
 from distill.store.store import Store
 from distill.student.metrics import is_run, side_by_side
 from distill.teacher.source import local_tokenizer
-from distill.teacher.summary import arrays_of, lines_of, state_of, table
+from distill.teacher.summary import description, state_of, table
 
 _USAGE = (
     "usage: python -m distill.inspect STORE [CONFIG.yaml ...] [store.options.KEY=VALUE ...], "
@@ -61,11 +61,9 @@ def main(arguments: Sequence[str]) -> int:
 def describe(store: Store) -> str:
     """The whole description, as printed."""
     committed = store.committed()
-    head = table({store.path: state_of(store), **lines_of(store)})
-    names, *sizes = arrays_of(store)
-    arrays = [
-        f"{name:16}{shape:>16}{dtype:>10}{size:>12}{each:>13}" for name, shape, dtype, size, each in [names, *sizes]
-    ]
+    lines, rows = description(store)
+    head = table({store.path: state_of(store), **lines})
+    arrays = [f"{name:16}{shape:>16}{dtype:>10}{size:>12}{each:>13}" for name, shape, dtype, size, each in rows]
     teacher = store.attributes["teacher"]
     tokenizer = local_tokenizer(teacher["model"], teacher["revision"])
     return "\n\n".join([head, "\n".join(arrays), *_examples(store, committed, tokenizer)])

@@ -64,7 +64,7 @@ def report(arguments: Sequence[str]) -> None:
     from distill.reading.cache import TeacherCache
     from distill.store.store import Store
     from distill.teacher.source import local_tokenizer
-    from distill.teacher.summary import arrays_of, human, lines_of
+    from distill.teacher.summary import description, human
 
     figures.check_installed()
     options = load(GenerateConfig, settings).store.options
@@ -75,7 +75,7 @@ def report(arguments: Sequence[str]) -> None:
     title = store_path.rstrip("/").rpartition("/")[2]
     page = Page(local_tokenizer(teacher["model"], teacher["revision"]), cache.attributes["method"])
     lead = f"what {teacher['model']} says of {len(cache):,} samples"
-    page.head(title, lead, lines_of(store), arrays_of(store))
+    page.head(title, lead, *description(store))
     seen = look(cache)
     if students:
         page.students(students, watch(students, cache, with_teacher, lambda what: print(f"asking {what}", flush=True)))

@@ -1,11 +1,15 @@
 """Settings of ``-m distill.generate``: the teacher, what is kept of it, and the store."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill.config.data import DatasetConfig
 from distill.errors import ConfigError
 from distill.settings import key
+
+OPTIONS_OF_ALL = ("client_options", "retry_config")
+"""Options of a store's client that any client has; the others are those of a bucket's."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,19 @@ class BatchConfig:
     max_tokens: int = key(16384, "tokens in one forward pass, with padding", least=1)
 
 
+def is_web(path: str, options: Mapping[str, Any]) -> bool:
+    """Whether `path` is a web address, whose files can only be read.
+
+    options: of the client. With others than all clients have, a cloud's https URL means a bucket.
+    """
+    return path.lower().startswith(("http://", "https://")) and {*options} <= {*OPTIONS_OF_ALL}
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """Which store is read."""
 
-    path: str = key("outputs/demo.zarr", "folder, or URL of an object store (s3://bucket/name)", path=True)
+    path: str = key("outputs/demo.zarr", "folder, bucket (s3://bucket/name) or web address (https://...)", path=True)
     options: dict[str, str | dict[str, Any]] = key(
         {}, "options of the object store (needs the extra distill[s3]); credentials in YAML files only", secret=True
     )
@@ -110,6 +122,14 @@ class StoreConfig(CacheConfig):
     codec: str = key(
         "portable", "portable = blosc-zstd, any Zarr reader; compact = pcodec, smaller", ("portable", "compact")
     )
+
+    def check_written(self) -> None:
+        """Raise ConfigError where no store can be written: before any work."""
+        if is_web(self.path, self.options):
+            raise ConfigError(
+                f"store.path: expected a folder or a bucket (s3://bucket/name) to write, found {self.path}: what is on "
+                "a web server can only be read"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ requests     together: several requests at the same time
 soundness    BlockCheck, Problem, block_problems, metadata_problems, plan_problems: is all as the format promises?
 repair       no_other_run, restore_metadata, take_back: what is damaged is made again
 location     check_writable, Lock, fsync: local folders, object stores, locks, what is safely on disk
+web          WebStore: what a web server has, to be read
 retry        RetryingStore: what fails for a while is tried again
 reasons      why a disk or a server failed, in words
 lease        Lease: keeps a second run out of an object store

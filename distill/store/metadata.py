@@ -14,10 +14,11 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from distill.config.generate import is_web
 from distill.errors import DistillError, StoreError, first_line
 from distill.store.codecs import CODECS, create_array
 from distill.store.fingerprint import summarize
-from distill.store.location import fsync, local_root
+from distill.store.location import fsync, local_root, on_web
 from distill.store.requests import contents, keys_below
 from distill.store.schema import FORMAT, VERSION, array_specs
 
@@ -130,13 +131,16 @@ def _codecs(content: Any) -> Iterable[Any]:
             yield from _codecs(value)
 
 
-def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, Document]]:
+def read_metadata(
+    path: str, location: Any, content: bytes | None, commits: bytes | None
+) -> tuple[dict[str, Any], dict[str, Document]]:
     """The attributes of the store at `path`, and the zarr.json of each array; no arrays where the plan is unfinished.
+
+    content, commits: the zarr.json of the group, and of ``commits``, as `marks` finds them
 
     Raises StoreError for another group, another version, or what does not match its digest.
     """
     try:
-        content, commits = contents(location, ["zarr.json", "commits/zarr.json"])
         refuse_strangers(path, content, commits)
         if problem := problem_of_group(content):
             raise damage(path, f"zarr.json {problem}")
@@ -146,7 +150,9 @@ def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, D
                 raise damage(path, "commits/zarr.json is missing")
             return attributes, {}
         names = list(attributes["arrays"])
-        found = dict(zip(names, contents(location, [f"{name}/zarr.json" for name in names]), strict=True))
+        others = [name for name in names if name != "commits"]
+        read = contents(location, [f"{name}/zarr.json" for name in others])
+        found = dict(zip([*others, "commits"], [*read, commits], strict=True))
         for name in names:
             if problem := problem_of_array(name, found[name], attributes):
                 raise damage(path, f"{name}/zarr.json {problem}")
@@ -162,6 +168,8 @@ def read_metadata(path: str, location: Any) -> tuple[dict[str, Any], dict[str, D
 
 def was_interrupted(location: Any, attributes: Mapping[str, Any]) -> bool:
     """Whether a store without commits/zarr.json is one whose plan was interrupted. Otherwise that was lost."""
+    if on_web(location) is not None:  # nothing is listed
+        return not attributes["complete"]
     begun = any(keys_below(location, f"{name}/c") for name in ("commits", "checksums"))
     return not attributes["complete"] and not begun
 
@@ -206,5 +214,10 @@ class DamageError(StoreError):
 
 def damage(path: str, what: str) -> DamageError:
     """The error for the store at `path`, in which `what` is damaged."""
-    to_do = f"python -m distill.verify {path} names all damage, and --repair takes it back"
+    to_do = f"python -m distill.verify {path} names all damage"
+    to_do += (
+        "; what is on a web server is repaired where it came from"
+        if is_web(path, {})
+        else ", and --repair takes it back"
+    )
     return DamageError(f"{path}: damaged: {what}; {to_do}", what)

@@ -22,11 +22,13 @@ _CAUSES = {
     "InvalidCertificate": "its certificate is not trusted",
     "dns error": "the name of its host is not known",
     "Connection refused": "connection refused",
+    "following redirect": "its redirects do not end",
+    "Content-Length Header missing": "it does not say how long a file is (Content-Length)",
     "TimedOut": "no answer in time",
     "Timeout": "no answer in time",
     "error sending request": "the connection was lost",  # for any other reason
 }
-_LASTING_CAUSES = ("BadScheme", "InvalidMessage", "InvalidCertificate")
+_LASTING_CAUSES = ("BadScheme", "InvalidMessage", "InvalidCertificate", "following redirect")
 _ANSWERS = {"AlreadyExistsError", "PreconditionError", "NotModifiedError", "NotSupportedError"}
 
 

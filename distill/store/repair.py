@@ -7,7 +7,7 @@ from typing import Any
 from zarr.core.sync import sync
 
 from distill.errors import StoreError
-from distill.store.location import is_group, locate
+from distill.store.location import locate, marks
 from distill.store.metadata import put
 from distill.store.soundness import Problem
 from distill.store.writable import WritableStore, lock_of
@@ -35,7 +35,7 @@ def take_back(path: str, options: Mapping[str, Any], problems: Sequence[Problem]
 def no_other_run(path: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Keep other runs out of the store at `path`. Raises StoreError where one is writing, or there is none."""
     location = locate(path, options, read_only=False)
-    if not is_group(path, location):
+    if marks(path, location) is None:
         raise StoreError(f"store.path: found no store at {path}")
     lock = lock_of(location)
     try:

@@ -39,8 +39,8 @@ class RetryingStore(WrapperStore[Store]):
     before_writing: called before each change, and may raise.
     """
 
-    def __init__(self, store: Store, path: str, known: bool = False, hint: str = "") -> None:
-        """path: as the user named it. known: it has answered before. hint: added where nothing answers."""
+    def __init__(self, store: Store, path: str, known: bool = False, hint: Callable[[str], str] = lambda _: "") -> None:
+        """path: as the user named it. known: it has answered before. hint: what may help, from why nothing answers."""
         super().__init__(store)
         self.path, self._hint = path, hint
         self.before_writing: Callable[[], None] = lambda: None
@@ -90,7 +90,7 @@ class RetryingStore(WrapperStore[Store]):
 
     def _failure(self, what: str, reason: str, seconds: float) -> StoreError | StorageError:
         if not self._answered:
-            return StoreError(f"store.path: cannot use {self.path}: {reason}{self._hint}")
+            return StoreError(f"store.path: cannot use {self.path}: {reason}{self._hint(reason)}")
         tried = f" (tried for {seconds:.0f} s)" if seconds >= 1 else ""
         return StorageError(f"store: cannot {what} in {self.path}: {reason}{tried}")
 

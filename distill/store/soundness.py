@@ -5,15 +5,16 @@ S samples, K kept ids, N rows in use.
 
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import StoreError
-from distill.store.location import is_group, locate
+from distill.store.location import locate, marks
 from distill.store.metadata import (
     DamageError,
     Document,
@@ -33,6 +34,7 @@ from distill.store.store import Store
 
 _STEP_ROWS = 1 << 16
 _STEP_SAMPLES = 1 << 22
+_BLOCKS_AT_A_TIME = 8
 _ROUNDING = 2**-7 + 2**-11
 """The relative error of a stored log-probability."""
 
@@ -71,9 +73,9 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
     Raises StoreError where there is no store, or one of another version.
     """
     location = locate(path, options, read_only=True)
-    if not is_group(path, location):
+    if (found := marks(path, location)) is None:
         raise StoreError(f"store.path: found no store at {path}")
-    content, commits = contents(location, ["zarr.json", "commits/zarr.json"])
+    content, commits = found
     refuse_strangers(path, content, commits)
     wrong = problem_of_group(content)
     copies = [attributes for attributes in map(attributes_of, (content, commits)) if is_sealed(attributes)]
@@ -88,16 +90,16 @@ def metadata_problems(path: str, options: Mapping[str, Any]) -> list[Problem]:
         return problems  # there is nothing yet
     names = list(attributes["arrays"])
     fresh: dict[str, Document] = {}
-    for name, found in zip(names, contents(location, [f"{name}/zarr.json" for name in names]), strict=True):
-        wrong = problem_of_array(name, found, attributes)
-        if not wrong and name == "commits" and attributes_of(found) != plan_attributes:
+    for name, document in zip(names, contents(location, [f"{name}/zarr.json" for name in names]), strict=True):
+        wrong = problem_of_array(name, document, attributes)
+        if not wrong and name == "commits" and attributes_of(document) != plan_attributes:
             wrong = "does not have the attributes of zarr.json"
         if wrong:
             codec = attributes["config"].get("store.codec", "portable")
             fresh = fresh or array_documents(attributes, names, codec)
-            document = fresh[name] | ({"attributes": plan_attributes} if name == "commits" else {})
-            same = array_digest(document) == attributes["arrays"][name]  # another version of zarr may write another
-            remedy = (f"{name}/zarr.json", document) if same else None
+            made = fresh[name] | ({"attributes": plan_attributes} if name == "commits" else {})
+            same = array_digest(made) == attributes["arrays"][name]  # another version of zarr may write another
+            remedy = (f"{name}/zarr.json", made) if same else None
             problems.append(Problem(f"{name}/zarr.json", wrong, document=remedy))
     return problems
 
@@ -193,6 +195,8 @@ class BlockCheck:
             rows = int(store.read_rows("commits", block, block + 1)[0])
         except DamageError as error:
             return error.what
+        if rows < 0:  # of a store that is not listed
+            return "its commit is missing"
         expected = rows if self.tokens is None else int(self.tokens[block])
         return "" if rows == expected else f"commits says {rows} rows, its samples have {expected}"
 
@@ -292,7 +296,17 @@ def block_problems(
 ) -> Iterator[tuple[int, list[Problem]]]:
     """Each block, and what is wrong with it, from so many processes; in no particular order."""
     if processes == 1:
-        yield from ((block, check.problems(store, block)) for block in range(store.num_blocks))
+        threads = ThreadPoolExecutor(
+            _BLOCKS_AT_A_TIME if "://" in store.path else 1
+        )  # over a link answers are waited for
+        try:
+            yield from zip(
+                range(store.num_blocks),
+                threads.map(partial(check.problems, store), range(store.num_blocks)),
+                strict=True,
+            )
+        finally:
+            threads.shutdown(cancel_futures=True)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _begin, (store.path, options, check)) as pool:

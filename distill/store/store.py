@@ -26,8 +26,8 @@ from zarr.core.array import AsyncArray
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import StorePath
 
-from distill.errors import DistillError, StoreError, first_line
-from distill.store.location import is_group, local_root, locate
+from distill.errors import DistillError, StorageError, StoreError, first_line
+from distill.store.location import local_root, locate, marks, on_web
 from distill.store.metadata import Document, damage, read_metadata
 from distill.store.requests import keys_below, together
 from distill.store.schema import CAPTURED, PLANNED, SAMPLE_TABLE, inner_rows
@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr 
 
 _KEPT_BYTES = 1 << 24
 _REMOTE_REQUESTS = 16  # at a time
+_MEASURED_FILES = 1000
 
 
 class Store:
@@ -69,12 +70,12 @@ class Store:
         that does not match its digest.
         """
         location = locate(path, options, read_only=cls._mode == "r", known=known)
-        if not is_group(path, location):
+        if (found := marks(path, location)) is None:
             return None
         # Locally the workers are the parallelism; a server answers many requests as fast as one.
         requests = _REMOTE_REQUESTS if "://" in path else 1
         zarr.config.set({"async.concurrency": requests, "threading.max_workers": 1})
-        attributes, documents = read_metadata(path, location)
+        attributes, documents = read_metadata(path, location, *found)
         try:
             return cls(path, location, attributes, documents)
         except DistillError:
@@ -135,9 +136,16 @@ class Store:
             for i in range(last - first):
                 block, place = divmod(first + i, per_block)
                 if checksum(values[i * size : (i + 1) * size], self.seed) != checksums[name, block][place]:
+                    self._check_given(self.chunk_key(name, block))
                     raise damage(self.path, f"{name} of block {block} does not match its checksums")
         low, high = start - first * size, stop - first * size
         return {name: values[low:high] for name, values in zip(names, found, strict=True)}
+
+    def _check_given(self, key: str) -> None:
+        """Raise StorageError where a web server has refused this file, which is there: it has another checksum."""
+        server = on_web(self.location)
+        if server is not None and key in server.refused:
+            raise StorageError(f"store: cannot read {key} in {self.path}: access denied (403 Forbidden)")
 
     def read_all(self, name: str) -> NDArray[Any]:
         """A whole array: sample_start, sample_length, commits, ..."""
@@ -150,8 +158,19 @@ class Store:
         return found
 
     def committed(self) -> NDArray[np.bool_]:
-        """[B]: whether each block is committed, from a listing of the chunks of ``commits``, whatever they contain."""
-        return self._blocks_there("commits")
+        """[B]: whether each block is committed, from a listing of the chunks of ``commits``, whatever they contain.
+
+        On a web server, which lists nothing, a complete store is taken at its word. Raises StoreError of an unfinished
+        one there.
+        """
+        if on_web(self.location) is None:
+            return self._blocks_there("commits")
+        if not self.complete:
+            raise StoreError(
+                f"store.path: {self.path} is unfinished, and a web server does not list what is there: only a complete "
+                "store is read by its web address"
+            )
+        return np.ones(self.num_blocks, bool)
 
     def read_chunks(self, name: str) -> Iterator[NDArray[Any]]:
         """A whole array over samples, one chunk after the other."""
@@ -194,10 +213,30 @@ class Store:
         """The names of the arrays."""
         return sorted(self._arrays)
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], str, int]:
-        """Shape, dtype and bytes on disk of an array."""
+    def describe(self, name: str) -> tuple[tuple[int, ...], str, int | None]:
+        """Shape, dtype and bytes on disk of an array. None: a web server would have to be asked for too many files."""
         array = self._arrays[name]
-        return array.shape, str(array.dtype), array.nbytes_stored()
+        return (
+            array.shape,
+            str(array.dtype),
+            array.nbytes_stored() if on_web(self.location) is None else self._measured(name),
+        )
+
+    def _measured(self, name: str) -> int | None:
+        """Bytes of the files of an array, one by one; None where the store has too many."""
+        if sum(len(self.chunk_keys(each)) for each in self._arrays) > _MEASURED_FILES:
+            return None
+
+        async def size(key: str) -> int:
+            try:
+                return int(await self.location.getsize(key))
+            except FileNotFoundError:  # a chunk of fill values
+                return 0
+
+        keys, total = [f"{name}/zarr.json", *self.chunk_keys(name)], 0
+        for at in range(0, len(keys), _REMOTE_REQUESTS):
+            total += sum(together(size(key) for key in keys[at : at + _REMOTE_REQUESTS]))
+        return total
 
     def _add_arrays(self, documents: Mapping[str, Document]) -> None:
         for name, document in documents.items():

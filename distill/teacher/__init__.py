@@ -19,5 +19,5 @@ method     capture: what is kept of the logits; capture: the k most probable ids
 audit      audit, report: whether a store is what its teacher says
 worker     Worker, Totals: from tokens to committed blocks
 choice     Choice, expected_bytes, least_entropy: what each k would keep, and what it would cost
-summary    summary, table, human: a run in words; state_of, lines_of, arrays_of: a store in words
+summary    summary, table, human: a run in words; state_of, description: a store in words
 """

@@ -12,7 +12,7 @@ def summary(store: Store, config: GenerateConfig, totals: Totals | None = None) 
     totals: of the work of this run, if it did any.
     """
     found = store.attributes
-    size = sum(store.describe(name)[2] for name in store.array_names())
+    size = sum(store.describe(name)[2] or 0 for name in store.array_names())
     lines = {
         "samples": f"{found['num_samples']:,}",
         "tokens": f"{found['num_tokens']:,}",
@@ -49,15 +49,27 @@ def state_of(store: Store) -> str:
     found, committed = store.attributes, store.committed()
     state = "complete"
     if not store.complete or not committed.all():
-        state = f"unfinished: {committed.sum()} of {len(committed)} blocks, {_tokens(store):,} tokens"
+        tokens = int(store.tokens_per_block()[committed].sum())
+        state = f"unfinished: {committed.sum()} of {len(committed)} blocks, {tokens:,} tokens"
     return f"{found['format']}, version {found['version']}, {state}"
 
 
-def lines_of(store: Store) -> dict[str, str]:
-    """What a store is, by the names of lines: its teacher, data, method, what each k would keep, its size, versions."""
+def description(store: Store) -> tuple[dict[str, str], list[list[str]]]:
+    """What a store is, by the names of lines, and a row of cells for each of its arrays, below a row of titles.
+
+    The lines: its teacher, data, method, what each k would keep, its size, versions. Sizes may be unknown over a link.
+    """
     found, lengths = store.attributes, store.read_all("sample_length")
-    total, teacher = sum(store.describe(name)[2] for name in store.array_names()), found["teacher"]
-    return {
+    tokens, teacher = max(1, int(store.tokens_per_block()[store.committed()].sum())), found["teacher"]
+    rows, total = [["array", "shape", "dtype", "size", "bytes/token"]], 0
+    all_known = True
+    for name in store.array_names():
+        shape, dtype, size = store.describe(name)
+        total, all_known = total + (size or 0), all_known and size is not None
+        each = ["?", "?"] if size is None else [human(size), f"{size / tokens:.1f}"]
+        rows.append([name, " x ".join(map(str, shape)), dtype, *each])
+    unknown = "unknown: a web server does not list files, and these are too many to be asked for one by one"
+    lines = {
         "teacher": f"{teacher['model']} ({teacher['architecture']}, {teacher['dtype']}), "
         f"vocabulary {found['vocab_size']:,}, tokenizer {found['tokenizer']['vocab_size']:,}",
         "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
@@ -65,20 +77,7 @@ def lines_of(store: Store) -> dict[str, str]:
         "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}",
         **Choice.of(store).lines(found["vocab_size"], found["config"].get("store.codec", "portable")),
         "layout": f"{store.num_blocks} blocks of {store.block_rows:,} rows",
-        "size": f"{human(total)}, {total / max(1, _tokens(store)):.0f} bytes/token",
+        "size": f"{human(total)}, {total / tokens:.0f} bytes/token" if all_known else unknown,
         "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
     }
-
-
-def arrays_of(store: Store) -> list[list[str]]:
-    """A row of cells for each array: its name, shape, dtype, size and bytes a token; before them a row of titles."""
-    rows, tokens = [["array", "shape", "dtype", "size", "bytes/token"]], max(1, _tokens(store))
-    for name in store.array_names():
-        shape, dtype, size = store.describe(name)
-        rows.append([name, " x ".join(map(str, shape)), dtype, human(size), f"{size / tokens:.1f}"])
-    return rows
-
-
-def _tokens(store: Store) -> int:
-    """The tokens of the blocks that are committed."""
-    return int(store.tokens_per_block()[store.committed()].sum())
+    return lines, rows
