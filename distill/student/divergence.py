@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LEAST_LOGPROB = -100.0
 """What a log-probability of the teacher counts as at least, where the student says a token that it does not."""
@@ -28,11 +28,14 @@ class Target:
     ids:      [N, M] int64; an id may occur twice, and its probabilities are added
     logprobs: [N, M]; -inf where an id has no mass
     tail:     [N], log of the mass of all other ids; None where the given ids have all of the mass
+    none:     [N, M], places that hold no id: they repeat one, without mass, and are no event of the student's either;
+              None where each holds one
     """
 
     ids: Tensor
     logprobs: Tensor
     tail: Tensor | None = None
+    none: Tensor | None = None
 
 
 def forward_kl(logits: Tensor, target: Target) -> Tensor:
@@ -85,9 +88,14 @@ def on_policy(
 
 def _events(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """log p and log q of the target's events: [N, M], or [N, M + 1] with the tail's bucket as the last."""
-    if target.tail is None or target.ids.shape[1] == logits.shape[1]:
+    if target.tail is None:
         return target.logprobs, log_softmax_at(logits, target.ids)
-    return torch.cat([target.logprobs, target.tail[:, None]], dim=1), _event_logprobs(logits, target.ids, True)
+    none = target.none if target.none is not None else torch.zeros_like(target.ids, dtype=torch.bool)
+    if target.ids.shape[1] == logits.shape[1] and not none.any():  # there are no other ids
+        return target.logprobs, log_softmax_at(logits, target.ids)
+    q = _event_logprobs(logits, target.ids, True)
+    q = q.masked_fill(nn.functional.pad(none, (0, 1)), -torch.inf)
+    return torch.cat([target.logprobs, target.tail[:, None]], dim=1), q
 
 
 def log_softmax_at(logits: Tensor, ids: Tensor) -> Tensor:

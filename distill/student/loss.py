@@ -140,9 +140,11 @@ class DistillationLoss:
             logprobs = (logprobs + rows["logsumexp"][:, [at_one]]) / t - rows["logsumexp"][:, [column]]
             tail = mass.masked_fill(drawn.any(dim=1), -torch.inf)
         logprobs = torch.where(drawn, weight[:, None], logprobs).masked_fill(ids < 0, -torch.inf)
-        ids = torch.where(ids < 0, ids[:, :1], ids)
+        none = ids < 0
+        ids = torch.where(none, ids[:, :1], ids)
         if vocab_size <= int(ids.max()):
             unknown = ids >= vocab_size
+            none = none | unknown
             if tail is not None:
                 tail = torch.logaddexp(tail, logprobs.masked_fill(~unknown, -torch.inf).logsumexp(dim=1))
             logprobs = logprobs.masked_fill(unknown, -torch.inf)
@@ -155,7 +157,7 @@ class DistillationLoss:
         events = torch.cat([logprobs, tail[:, None]], dim=1).log_softmax(dim=1)
         logprobs, tail = events[:, :-1], events[:, -1:]
         if self.tail == "bucket":
-            return Target(ids, logprobs, tail[:, 0])
+            return Target(ids, logprobs, tail[:, 0], none)
         following = rows["next_tokens"][:, None]
         kept = (ids == following) & logprobs.isfinite()
         return Target(

@@ -113,7 +113,10 @@ def test_all_ids_kept_is_the_full_divergence():
     assert logits.grad.isfinite().all()
 
 
-def test_ids_that_the_student_lacks_count_as_tail():
+@pytest.mark.parametrize("wider", [0, V - K, V])  # as many places as the student has ids, and more
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_places_of_a_row_that_hold_no_id_the_student_knows(divergence, wider):
+    """Ids that it lacks count as tail, places beyond a row's own ids as nothing: values and gradients, by hand."""
     teacher, rows = teacher_rows(vocab=V + 4, scale=1.0)
     teacher[:, V:] += 2.0  # so that padding of the softmax is among the kept
     found = topk(teacher.clone(), K, TEMPERATURES, rows["next_tokens"])
@@ -122,22 +125,27 @@ def test_ids_that_the_student_lacks_count_as_tail():
     known = rows["target_ids"] < V
     assert known.any(dim=1).all()
     assert not known.all()
-    target = DistillationLoss().target(rows, TEMPERATURES, V)
+    kept_ids, p = rows["target_ids"], teacher.double().softmax(dim=1)
+    rows["target_ids"] = nn.functional.pad(kept_ids, (0, wider), value=-1)
+    rows["target_logprobs"] = nn.functional.pad(rows["target_logprobs"], (0, wider), value=float("nan"))
+    target = DistillationLoss(divergence).target(rows, TEMPERATURES, V)
     assert target.tail is not None
-    p = teacher.softmax(dim=1)
-    mass = (p.gather(1, rows["target_ids"]) * known).sum(dim=1)
-    torch.testing.assert_close(target.tail.exp(), 1 - mass, atol=1e-5, rtol=1e-5)
-    logits = student_logits()
-    loss = DistillationLoss().per_row(logits, rows, TEMPERATURES)
-    q = logits.softmax(dim=1)
+    mass = (p.gather(1, kept_ids) * known).sum(dim=1)
+    torch.testing.assert_close(target.tail.exp().double(), 1 - mass, atol=1e-5, rtol=1e-5)
+    logits, by_hand = student_logits(), student_logits()
+    loss = DistillationLoss(divergence).per_row(logits, rows, TEMPERATURES)
+    q, values = by_hand.double().softmax(dim=1), []
     for row in range(N):
-        ids = rows["target_ids"][row][known[row]]
-        kept = p[row, ids], q[row, ids]
-        expected = (kept[0] * (kept[0].log() - kept[1].log())).sum()
-        expected += (1 - kept[0].sum()) * ((1 - kept[0].sum()).log() - (1 - kept[1].sum()).log())
-        torch.testing.assert_close(loss[row], expected, atol=1e-4, rtol=1e-4)
+        ids = kept_ids[row][known[row]]
+        ours, theirs = (torch.cat([x[row, ids], 1 - x[row, ids].sum(dim=0, keepdim=True)]) for x in (p, q))
+        mean = (ours + theirs) / 2
+        forward = (ours * (ours.log() - (mean if divergence == "jensen_shannon" else theirs).log())).sum()
+        reverse = (theirs * (theirs.log() - (mean if divergence == "jensen_shannon" else ours).log())).sum()
+        values.append({"forward_kl": forward, "reverse_kl": reverse}.get(divergence, (forward + reverse) / 2))
+    torch.testing.assert_close(loss.double(), torch.stack(values), atol=1e-4, rtol=1e-4)
     loss.sum().backward()
-    assert logits.grad.isfinite().all()
+    torch.stack(values).sum().backward()
+    torch.testing.assert_close(logits.grad, by_hand.grad, atol=1e-4, rtol=1e-4)
 
 
 def batch_of_rows(rows, empty=False):
