@@ -253,7 +253,7 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, _: Any, state: Any, *__: Any, train_dataloader: Any = None, **___: Any) -> None:
         """Call set_epoch, before the epoch's DataLoader workers start."""
         if hasattr(train_dataloader.dataset, "set_epoch"):
-            train_dataloader.dataset.set_epoch(int(state.epoch))
+            train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))  # it is a sum of fractions
 
 
 class _FiniteSteps(TrainerCallback):  # type: ignore[misc]

@@ -3,7 +3,7 @@
     python -m distill.train                                                   # the demo's store, one worker
     torchrun --nproc_per_node 8 -m distill.train configs/train_eight_gpus.yaml store.path=outputs/mine.zarr
 
-1. open      the store; hold samples out                                      distill/reading/cache.py
+1. open      the store, or several; hold samples out            distill/reading/cache.py, distill/reading/mixture.py
 2. build     the student: a checkpoint, random, or some of the teacher's layers   distill/student/model.py
 3. read      shuffled batches, this worker's share                            distill/student/batches.py
 4. step      the mean loss over all workers' tokens, its gradient, AdamW      distill/student/training.py
@@ -38,12 +38,11 @@ def main(arguments: Sequence[str]) -> int:
 def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     """The six steps above, as the worker that `grid` describes."""
     # Imported here: torch, transformers and zarr take seconds, which --help or a misspelt key should not.
-    from distill.reading.cache import TeacherCache
     from distill.run.device import pick_device
     from distill.run.groups import process_group
     from distill.run.watch import Watch
     from distill.student import metrics, model
-    from distill.student.batches import StepBatches, split
+    from distill.student.batches import StepBatches, open_caches, split
     from distill.student.checkpoint import Checkpoints, lock_output, settings_of
     from distill.student.loss import DistillationLoss
     from distill.student.training import Training
@@ -55,8 +54,8 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     board = Board(store_of(grid))
     check_nodes(grid, board, config, config.output)
     # 1. open
-    cache = TeacherCache(config.store.path, config.store.options)
-    source = model.find(config.student, cache.attributes["teacher"])
+    cache = open_caches(config)
+    source = model.find(config.student, *(part.attributes["teacher"] for part in cache.parts))
     model.check(source, loss, cache)
     trained_on, held_out = split(cache, config)
     batches = StepBatches(trained_on, config, grid)
@@ -90,6 +89,9 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
                 f"{sum(weight.numel() for weight in student.parameters()):,}", f"{len(trained_on):,}",
                 f"{len(held_out):,}", f"from step {training.step} of {total_steps}",
             )  # fmt: skip
+            for part, count in zip(trained_on.parts, trained_on.per_epoch, strict=True):
+                if len(trained_on.parts) > 1:
+                    logger.info("an epoch has %s of the %s samples of %s", f"{count:,}", f"{len(part):,}", part.path)
         # 3. read, 4. step, 5. measure, 6. keep
         training.learn(batches.read(training.step, device), session, watch)
         training.save_student(source.tokenizer)

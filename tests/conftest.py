@@ -84,6 +84,17 @@ def sampled_store(texts: Callable[[int], Path], sharp_model: Path, tmp_path_fact
 
 
 @pytest.fixture(scope="session")
+def other_teacher(
+    texts: Callable[[int], Path], model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A store of the texts of `sampled_store`, of another teacher, in other blocks: top-4."""
+    folder = tmp_path_factory.mktemp("other")
+    arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(120)}", "dataset.max_length=64"]
+    arguments += ["capture.method=topk", "capture.k=4", "capture.temperatures=[2.0,1.0]", "store.block_rows=256"]
+    return generate_here(folder, *arguments, f"store.path={folder / 'y.zarr'}")
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real S3 server. A test that stops it has to start it again."""
     server = Server(tmp_path_factory.mktemp("s3") / "server")

@@ -35,6 +35,28 @@ def test_the_resolved_config_reads_back(tmp_path):
         assert (config.dataset.name, config.dataset.split, config.teacher.revision) == ("0012", "null", f"{word}x")
 
 
+def test_several_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = ["store.path=[~/a.zarr,s3://b/c.zarr, d e.zarr]", "store.weights=[0.7,3,1e-3]"]
+    config = load(TrainConfig, typed)
+    assert config.store.path == ["/home/me/a.zarr", "s3://b/c.zarr", "d e.zarr"]
+    assert config.store.weights == [0.7, 3.0, 0.001]
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(TrainConfig, [str(tmp_path / "config.yaml")]) == config
+    assert load(TrainConfig, ["store.path=a.zarr"]).store.path == "a.zarr"
+    for argument, message in (
+        ("store.path=[]", r"store\.path: expected a store, or a list of several, found \[\]"),
+        ("store.path=[a.zarr,null]", r"store\.path: expected text, found null"),
+        ("store.weights=[0.7,.nan]", r"store\.weights: expected a number, found '?\.nan"),
+        ("store.weights=0.7", r"store\.weights: expected a list of a number or null, found '0\.7'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(TrainConfig, [argument])
+    (tmp_path / "list.yaml").write_text("store: {path: [a.zarr, b.zarr]}")
+    with pytest.raises(ConfigError, match=r"store\.path: expected text, found \['a\.zarr', 'b\.zarr'\]"):
+        load(GenerateConfig, [str(tmp_path / "list.yaml")])  # one store is written
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill import DistillationLoss, Learner, collate
+from distill import DistillationLoss, Learner, TeacherCache, collate
 from distill.hf import DistillationTrainer
 from tests.flash_attention import flash_attention
 from tests.support import make_tokenizer
@@ -34,7 +34,7 @@ def test_the_loop_of_ones_own(
     kernel: str, small_store: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The student is the teacher: its first loss is nearly nothing. All losses are those of the samples alone."""
-    loop, logits = [block for block in blocks() if "DistillationTrainer" not in block]
+    loop, logits = [block for block in blocks() if "DistillationTrainer" not in block and ".mix(" not in block]
     named = f'from_pretrained(attn_implementation="{kernel}", pretrained_model_name_or_path="'
     loop = loop.replace('from_pretrained("', named, 1).replace("Qwen/Qwen2.5-0.5B", str(model_folder("llama")))
     loop = loop.replace("outputs/mine.zarr", str(small_store)).replace("range(3)", "range(1)")
@@ -123,3 +123,13 @@ def test_sft_trainer(
     expected = alone(names["trainer"].model, collate(list(names["held_out"])), DistillationLoss())
     assert evaluated == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_several_stores(small_store: Path, sampled_store: Path) -> None:
+    (block,) = [block for block in blocks() if ".mix(" in block]
+    names: dict[str, Any] = {"TeacherCache": TeacherCache}
+    exec(block.replace("a.zarr", str(small_store)).replace("b.zarr", str(sampled_store)), names)
+    shares = [count / len(names["cache"]) for count in names["cache"].per_epoch]
+    assert shares == pytest.approx([0.7, 0.3], abs=0.001)
+    assert sum(len(batch["sample"]) for batch in names["batches"]) == len(names["train"])
+    assert 64 <= len(names["held_out"]) <= 68

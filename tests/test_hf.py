@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from distill import DistillationLoss, TeacherCache, collate
 from distill.errors import ConfigError, DataError, NumericalError, StoreError
 from distill.hf import DistillationTrainer
+from distill.reading.mixture import Mixture
 from tests.support import build_model, make_tokenizer, masked_store
 
 LOSS = DistillationLoss(temperature=2.0, alpha=0.7)
@@ -260,3 +261,44 @@ def test_a_student_with_adapters(packed: bool, small_store: Path, tmp_path: Path
     assert run.train().training_loss == pytest.approx((total / count).item(), rel=1e-5)
     torch.testing.assert_close(gradients.found, expected, rtol=1e-4, atol=1e-5)
     assert all(w.equal(frozen[name]) for name, w in model.named_parameters() if name in frozen)
+
+
+def test_a_mixture_shows_other_samples_in_each_epoch(small_store: Path, sampled_store: Path, tmp_path: Path) -> None:
+    """Its exact shares, also after a resume in the middle of an epoch."""
+    seen: list[list[int]] = []
+
+    class Recording(DistillationTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **more: Any) -> Any:
+            seen.append(inputs["sample"].tolist())
+            return super().compute_loss(model, inputs, *arguments, **more)
+
+    caches = [TeacherCache(str(small_store))[:6], TeacherCache(str(sampled_store))[:20]]
+    mixture = TeacherCache.mix(caches, [1, 1])
+    assert isinstance(mixture, Mixture)
+    epochs = []
+    for epoch in range(3):
+        mixture.set_epoch(epoch)
+        epochs.append({sample["sample"] for sample in mixture})
+    assert len(epochs[0] & epochs[1]) == 6  # all of the smaller store, others of the larger one
+
+    def run(**changes: Any) -> DistillationTrainer:
+        args = arguments(tmp_path, max_steps=-1, num_train_epochs=3, save_strategy="steps", save_steps=4, **changes)
+        loss, tokenizer = DistillationLoss(), make_tokenizer()
+        model = build_model("llama", num_hidden_layers=2)
+        return Recording(model, args, train_dataset=mixture, distillation_loss=loss, processing_class=tokenizer)
+
+    run().train()
+    assert [{i for batch in seen[at : at + 3] for i in batch} for at in (0, 3, 6)] == epochs
+    whole = list(seen)
+    seen.clear()
+    resumed = run(dataloader_num_workers=1, dataloader_persistent_workers=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert seen == whole[4:]
+
+    mixture.set_epoch(0)
+    resumed.state.epoch = 1.6
+    resumed.callback_handler.on_epoch_begin(resumed.args, resumed.state, resumed.control)
+    assert {sample["sample"] for sample in mixture} == epochs[1]
+    held_out = mixture.split(6)[1]
+    total, count = dense(resumed.model.eval(), list(held_out), [1.0], DistillationLoss())
+    assert resumed.evaluate(held_out)["eval_loss"] == pytest.approx((total / count).item(), rel=1e-5)

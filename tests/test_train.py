@@ -97,9 +97,11 @@ def test_the_first_step_is_that_of_the_mean_over_all_tokens(
     assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, sampled_store: Path, tmp_path: Path) -> None:
+    """Of two stores, of other methods and widths, 3 to 1; the smaller share is of the larger store in the end."""
     save_model("llama", tmp_path / "student", attention_dropout=0.1, num_hidden_layers=2)
-    arguments = [f"store.path={small_store}", "student.model=./student", "optimizer.steps=24", "batch.samples=4"]
+    arguments = [f"store.path=[{small_store},{sampled_store}]", "store.weights=[3,1]", "student.model=./student"]
+    arguments += ["optimizer.steps=24", "batch.samples=4"]
     arguments += ["batch.readers=1", "evaluation.samples=40", "evaluation.every=7", "checkpoint_every=5"]
     whole = train(tmp_path, 2, *arguments, "output=whole")
     assert whole.returncode == 0, whole.stderr
@@ -117,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
         wait_for(lambda: any((saved / f"step_{step}").is_dir() for step in range(until, 25)))
         return launcher
 
-    launcher = begin(5, f"store.path=file://{small_store}")  # forkserver
+    launcher = begin(5, f"store.path=[file://{small_store},{sampled_store}]")  # forkserver
     processes = descendants(launcher.pid)
     assert len(processes) >= 2 + 2 * 3  # each worker's reader, forkserver and resource tracker
     for _ in range(2):  # as SLURM does
@@ -153,8 +155,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(small_store: Path, tmp_path
     held_out = [line["held_out"] for line in metrics(tmp_path / "killed") if "held_out" in line]
     assert held_out[-1]["kl"] < held_out[0]["kl"]
 
-    other = train(tmp_path, 1, *arguments, "output=killed", "loss.alpha=0.5")
+    changes = [f"store.path=[{sampled_store},{small_store}]", "store.weights=[1,2]", "loss.alpha=0.5"]
+    other = train(tmp_path, 1, *arguments, *changes, "output=killed")
     assert other.returncode == 2
+    of_stores = [TeacherCache(str(store)).attributes["fingerprint"] for store in (small_store, sampled_store)]
+    assert f"store: the checkpoint has {of_stores}, this run {of_stores[::-1]}" in other.stderr
+    assert "store.weights: the checkpoint has ['3/4', '1/4'], this run ['1/3', '2/3']" in other.stderr
     assert "loss.alpha: the checkpoint has 1.0, this run 0.5" in other.stderr
     assert "workers: the checkpoint has 2, this run 1" in other.stderr
     assert "Traceback" not in other.stderr
@@ -200,6 +206,11 @@ def test_bad_input_ends_with_one_line(small_store: Path, tmp_path: Path) -> None
     for arguments, told in (
         (["optimizer.learning_rat=1"], "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate?"),
         (["store.path=nowhere.zarr"], "store.path: found no store at "),
+        ([f"store.path=[{small_store},nowhere.zarr]"], "store.path: found no store at nowhere.zarr"),
+        (
+            [f"store.path={small_store}", "store.weights=[1,2]"],
+            f"weights: expected a number > 0 for each of {small_store}",
+        ),
         ([f"store.path={small_store}", "loss.temperature=4"], "loss.temperature: expected one of [1.0, 2.0]"),
         (
             [f"store.path={small_store}", "loss.divergence=on_policy", "loss.max_ratio=2"],

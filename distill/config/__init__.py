@@ -3,6 +3,6 @@
 data.py      ExamplesConfig, DatasetConfig
 generate.py  TeacherConfig, CaptureConfig, ParallelConfig, BatchConfig, CacheConfig, StoreConfig, GenerateConfig,
              is_web, OPTIONS_OF_ALL: is a store's path a web address?
-train.py     StudentConfig, LossConfig, OptimizerConfig, TrainBatchConfig, EvaluationConfig, TrainConfig
+train.py     StoresConfig, StudentConfig, LossConfig, OptimizerConfig, TrainBatchConfig, EvaluationConfig, TrainConfig
 rollout.py   RolloutStudentConfig, PromptsConfig, SamplingConfig, RolloutBatchConfig, RolloutConfig
 """

@@ -1,10 +1,31 @@
 """Settings of ``-m distill.train``."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from distill.config.generate import CacheConfig
 from distill.errors import ConfigError
 from distill.settings import key
+
+
+@dataclass(frozen=True)
+class StoresConfig:
+    """Which stores are read."""
+
+    path: str | list[str] = key(
+        "outputs/demo.zarr",
+        "folder, or URL of an object store (s3://bucket/name); a list of several of one vocabulary",
+        path=True,
+    )
+    weights: list[float] | None = key(
+        None, "of several stores, the share of each in every epoch's samples, relative to their sum; null = all of all"
+    )
+    options: dict[str, str | dict[str, Any]] = key(
+        {}, "options of the object stores (needs the extra distill[s3]); credentials in YAML files only", secret=True
+    )
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError(f"store.path: expected a store, or a list of several, found {self.path}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ class EvaluationConfig:
 class TrainConfig:
     """Every setting of ``-m distill.train``."""
 
-    store: CacheConfig = field(default_factory=CacheConfig)
+    store: StoresConfig = field(default_factory=StoresConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -11,7 +11,7 @@ processes of a machine that got the cache from one another share that.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 
 from distill.errors import ConfigError, DataError, StoreError
 from distill.reading.index import Index
-from distill.reading.samples import RowReader, Sample, to_sample
-from distill.reading.shuffle import ShuffledBatches
+from distill.reading.samples import RowReader, Sample, empty_sample, to_sample
+from distill.reading.shuffle import Part, ShuffledBatches
 from distill.store.fingerprint import text_digest
 
 _DRAWN_AT_ONCE = 1 << 20
@@ -64,9 +64,39 @@ class TeacherCache(Dataset[Sample]):
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
 
+    @staticmethod
+    def mix(caches: "Sequence[TeacherCache]", weights: Sequence[float] | None = None, seed: int = 0) -> "TeacherCache":
+        """Several caches of one vocabulary as one, a Mixture; of one cache, that cache.
+
+        weights: the share of each cache in every epoch's samples, relative to their sum; None: all samples of all. An
+        epoch takes no sample twice: of a cache that has more than its share, the next one takes others, until all had
+        their turn. seed: of which ones come when.
+        Raises ConfigError where weights do not fit the caches, and for caches that cannot be mixed: of different
+        vocabularies, or of one store; StoreError for an unfinished store, DataError for one without tokens to learn
+        from.
+        """
+        from distill.reading.mixture import mix  # it is made of caches
+
+        return mix(caches, weights, seed)
+
+    @property
+    def parts(self) -> "tuple[TeacherCache, ...]":
+        """The caches of single stores that this one consists of: itself, or those of a Mixture."""
+        return (self,)
+
+    @property
+    def per_epoch(self) -> list[int]:
+        """How many samples an epoch has of each of `parts`."""
+        return [len(self)]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the store, as a setting of what is made with it."""
+        return {"store": self.attributes["fingerprint"]}
+
     @property
     def path(self) -> str:
-        """The store's folder or URL."""
+        """The store's folder or URL; of a Mixture all of them, with commas between."""
         return self._reader.path
 
     @property
@@ -126,7 +156,14 @@ class TeacherCache(Dataset[Sample]):
             raise ConfigError(f"{self.path}: expected 0 or more samples to hold out, found {num_samples}")
         if num_samples == 0:
             return self._of(self._index), self[:0]
-        held_out = _some_examples(self._index.sources(self._reader.store), num_samples, seed)
+        return self._without(some_examples(self._sources(), num_samples, seed))
+
+    def _sources(self) -> NDArray[np.int64]:
+        """[S] int64: the example of the dataset that each sample is from."""
+        return self._index.sources(self._reader.store)
+
+    def _without(self, held_out: NDArray[np.bool_]) -> "tuple[TeacherCache, TeacherCache]":
+        """Two caches: of the samples for which `held_out` [S] is false, and of the others."""
         return self._of(self._index.where(~held_out)), self._of(self._index.where(held_out))
 
     def select(self, keep: Callable[[Sample], bool]) -> "TeacherCache":
@@ -169,8 +206,12 @@ class TeacherCache(Dataset[Sample]):
                 f"{batch_size}, {window_blocks}, {rank} and {world_size}"
             )
         self.check_trained("to train on")
-        index = self._index.ascending()
-        return ShuffledBatches(self._reader, index, batch_size, seed, rank, world_size, window_blocks)
+        nothing = empty_sample(self.attributes["k"], len(self.temperatures))
+        return ShuffledBatches(self._batched(), nothing, batch_size, seed, rank, world_size, window_blocks)
+
+    def _batched(self) -> list[Part]:
+        """What batches are made of."""
+        return [Part(self._reader, self._index.ascending(), len(self))]
 
     def check_trained(self, purpose: str) -> None:
         """Raise DataError where nothing can be learned from these samples, or measured on them.
@@ -217,7 +258,7 @@ class TeacherCache(Dataset[Sample]):
         return part
 
 
-def _some_examples(source: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.bool_]:
+def some_examples(source: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.bool_]:
     """[S] bool: the samples of random whole examples, as many as have about `num_samples` samples together.
 
     source: [S] int64, the example that each sample is from

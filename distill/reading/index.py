@@ -51,6 +51,10 @@ class Index:
         parts = range(0, len(self), _PART)
         return self._of(self._at(np.flatnonzero(wanted[at : at + _PART]) + at) for at in parts)
 
+    def at(self, ranges: NDArray[np.int64]) -> "Index":
+        """The samples at the positions of some ranges, [P, 2]."""
+        return self._of(self._at(np.arange(start, stop)) for start, stop in ranges)
+
     def ascending(self) -> "Index":
         """The same samples in the order of the store."""
         return self[::-1] if len(self) and self.number(0) > self.number(len(self) - 1) else self

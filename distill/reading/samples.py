@@ -145,6 +145,27 @@ class RowReader:
         return chunk
 
 
+@dataclass(frozen=True)
+class View:
+    """How the samples of a store look beside those of other stores.
+
+    first_number: is added to their numbers
+    columns:      the columns of logsumexp and tail_logprob that are there; None: all
+    without:      the names of what is left out
+    """
+
+    first_number: int = 0
+    columns: tuple[int, ...] | None = None
+    without: frozenset[str] = frozenset()
+
+    def of(self, sample: Sample) -> Sample:
+        """The sample as it looks then."""
+        found = {name: values for name, values in sample.items() if name not in self.without}
+        if self.columns is not None:
+            found |= {name: sample[name][:, self.columns] for name in ("logsumexp", "tail_logprob")}
+        return found | {"sample": sample["sample"] + self.first_number}
+
+
 def as_stored(number: int, rows: Rows) -> Sample:
     """The rows of one sample as tensors with the store's own dtypes: half the memory; `collate` widens them."""
     return {"sample": number, **{name: torch.from_numpy(values) for name, values in rows.items()}}
@@ -190,6 +211,8 @@ def _received(arrays: Rows) -> Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Several samples as one batch, a row for each, padded on the right: a causal student needs no attention mask.
 
+    K is that of the widest sample. A narrower one goes on with ids of -1.
+
         sample          [B] int64       the samples' numbers (-1: an empty batch)
         input_ids       [B, L] int64
         next_tokens     [B, L] int64    the token that follows: the label of position t; -1 where none follows
@@ -207,9 +230,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         next_tokens=torch.full(shape, -1),
         loss_mask=torch.zeros(shape, dtype=torch.bool),
     )
+    k = max(sample["target_ids"].shape[1] for sample in samples)
     for name in _TARGETS:
         dtype = torch.int64 if name == "target_ids" else torch.float32
-        batch[name] = torch.zeros((*shape, samples[0][name].shape[1]), dtype=dtype)
+        width = k if name.startswith("target_") else samples[0][name].shape[1]
+        batch[name] = torch.zeros((*shape, width), dtype=dtype)
     of_next = [name for name in _OF_NEXT if all(name in sample for sample in samples)]
     batch.update({name: torch.zeros(shape) for name in of_next})
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
@@ -217,9 +242,24 @@ def collate(samples: Sequence[Sample]) -> Batch:
         batch["next_tokens"][row, : length - 1] = sample["tokens"][1:]
         batch["loss_mask"][row, : length - 1] = sample["loss_mask"][:-1] if "loss_mask" in sample else True
         for name in _TARGETS:
-            batch[name][row, :length] = sample[name]
+            batch[name][row, :length] = _widened(name, sample[name], batch[name].shape[2])
         for name in of_next:
             batch[name][row, :length] = sample[name]
     for name in of_next:
         batch[name].masked_fill_(~batch["loss_mask"], 0)
     return batch
+
+
+def _widened(name: str, values: Tensor, width: int) -> Tensor:
+    """[T, K] as [T, width] where `name` is target_ids or target_logprobs; all other values as they are.
+
+    What is added is no id, and tells no more of the method than the row did: by a last log-probability of NaN a row of
+    samples is known.
+    """
+    missing = width - values.shape[1]
+    if missing <= 0 or not name.startswith("target_"):
+        return values
+    none = values.new_full((), -1) if name == "target_ids" else values[:, -1:].clone()
+    if name == "target_logprobs":
+        none = none.masked_fill(~none.isnan(), -torch.inf)
+    return torch.cat([values, none.expand(len(values), missing)], dim=1)

@@ -1,16 +1,20 @@
-"""Samples of a store in random order, for a DataLoader with any number of workers, on any number of ranks.
+"""Samples of one or several stores in random order, for a DataLoader with any number of workers, on any ranks.
 
-1. permute  the pieces of the store, by (seed, epoch): its blocks, or 65,536 rows each of larger blocks
+1. permute  the pieces of a store, by (seed, epoch): its blocks, or 65,536 rows each of larger blocks
 2. split    the samples, in that order, into equal runs: one for each worker of each rank. A run may begin or end inside
             a piece, so that the lengths of runs differ by one sample at most
 3. window   each run reads a few pieces at a time, and shuffles the samples of these pieces
 4. batch    in that order. All runs make the same number of batches; a run that is too short adds an empty batch
 
+Of several stores each is permuted and windowed by itself, and they take turns: see `shares`. So every run, and every
+few batches of it, have each store's share. The pieces of a window are shared out by what an epoch reads of each store.
+
 Everything follows from (seed, epoch, ranks, workers): an epoch is resumed in its middle by arithmetic, not by replay.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -20,7 +24,40 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from distill.errors import ConfigError
 from distill.reading.index import Index
-from distill.reading.samples import Batch, RowReader, Rows, Sample, as_stored, collate, empty_sample
+from distill.reading.samples import Batch, RowReader, Rows, Sample, View, as_stored, collate
+from distill.reading.shares import first_turns, of_epoch, take_turns, within
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What batches are made of, or the part of it that one of several stores has.
+
+    index: which samples of the store, in its order
+    count: how many of them an epoch has; the next one goes on with others
+    seed:  gives which ones these are
+    view:  how its samples look beside those of other stores
+    """
+
+    reader: RowReader
+    index: Index
+    count: int
+    seed: tuple[int, ...] = ()
+    view: View = View()
+
+    @property
+    def read_at_once(self) -> NDArray[np.int64]:
+        """[P, 2]: the samples of each piece, as the range of their positions in the index."""
+        return self.index.pieces(self.reader.store.block_rows)
+
+    def of_epoch(self, epoch: int) -> NDArray[np.int64]:
+        """[P, 2]: the samples of an epoch, as such ranges, each within a piece, in the order of the store."""
+        return of_epoch(self.read_at_once, self.count, epoch, self.seed)
+
+    def sample(self, position: int, first_row: int, rows: Rows) -> Sample:
+        """The sample at a position of the index, out of rows of the store from `first_row` on."""
+        start, stop = self.index.rows(position)
+        found = {name: values[start - first_row : stop - first_row] for name, values in rows.items()}
+        return self.view.of(as_stored(self.index.number(position), found))
 
 
 class ShuffledBatches(IterableDataset[Batch]):
@@ -32,15 +69,16 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     def __init__(
         self,
-        reader: RowReader,
-        index: Index,
+        parts: Sequence[Part],
+        nothing: Sample,
         batch_size: int,
         seed: int,
         rank: int,
         world_size: int,
         window_blocks: int,
     ) -> None:
-        self._reader, self._index = reader, index
+        """nothing: the sample of an empty batch."""
+        self._parts, self._nothing = list(parts), nothing
         self._batch_size, self._seed, self._window_blocks = batch_size, seed, window_blocks
         self._rank, self._world_size = rank, world_size
         self._started: tuple[int, int] | None = None  # epoch and batch, in this process
@@ -65,6 +103,8 @@ class ShuffledBatches(IterableDataset[Batch]):
 
     def state_dict(self) -> dict[str, int]:
         """Where the iteration in this process is: for torchdata's StatefulDataLoader, which asks in each worker."""
+        if self._resumed is not None:  # and not iterated yet
+            return dict(self._resumed)
         epoch, batch = self._started or map(int, self._where)
         return {"epoch": epoch, "batch": batch, "taken": self._taken}
 
@@ -77,7 +117,7 @@ class ShuffledBatches(IterableDataset[Batch]):
         return max(1, num_workers) * self._batches_per_run(max(1, num_workers))
 
     def _batches_per_run(self, num_workers: int) -> int:
-        longest_run = -(-len(self._index) // (self._world_size * num_workers))
+        longest_run = -(-sum(part.count for part in self._parts) // (self._world_size * num_workers))
         return -(-longest_run // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -93,44 +133,51 @@ class ShuffledBatches(IterableDataset[Batch]):
         skipped = (done - turn + num_workers - 1) // num_workers + taken
         run = self._rank * num_workers + turn
         samples = self._samples(epoch, run, self._world_size * num_workers, skipped * self._batch_size)
-        attributes = self._reader.store.attributes
         for _ in range(skipped, self._batches_per_run(num_workers)):
             found = list(islice(samples, self._batch_size))
-            nothing = [empty_sample(attributes["k"], len(attributes["temperatures"]))]
             self._taken += 1
-            yield collate(found or nothing)
+            yield collate(found or [self._nothing])
 
     def _samples(self, epoch: int, run: int, num_runs: int, skip: int) -> Iterator[Sample]:
         """The samples of one run after its first `skip`, which are not read."""
-        pieces = self._pieces(epoch, run, num_runs)
-        for window, at in enumerate(range(0, len(pieces), self._window_blocks)):
-            spans = pieces[at : at + self._window_blocks]
+        counts = [part.count for part in self._parts]
+        begin, end = (sum(counts) * at // num_runs for at in (run, run + 1))
+        now = min(begin + skip, end)
+        places = [first_turns(counts, turn) for turn in (begin, end, now)]
+        bounds = zip(*places, self._window_pieces(), strict=True)
+        streams = [self._of_part(number, epoch, run, *bound) for number, bound in enumerate(bounds)]
+        for number in islice(take_turns(counts, now), end - now):
+            yield next(streams[number])
+
+    def _window_pieces(self) -> list[int]:
+        """The pieces that a run reads of each part at a time."""
+        read = [len(part.read_at_once) * part.count / max(1, len(part.index)) for part in self._parts]
+        return [max(1, int(self._window_blocks * (pieces / sum(read)))) for pieces in read]
+
+    def _of_part(
+        self, number: int, epoch: int, run: int, begin: int, end: int, now: int, window_pieces: int
+    ) -> Iterator[Sample]:
+        """The samples of one part in one run: of those that an epoch has, in its order, [begin, end), from `now` on."""
+        part, pieces, skip = self._parts[number], self._pieces(number, epoch, begin, end), now - begin
+        for window, at in enumerate(range(0, len(pieces), window_pieces)):
+            spans = pieces[at : at + window_pieces]
             counts = spans[:, 1] - spans[:, 0]
             if skip >= counts.sum():
                 skip -= int(counts.sum())
                 continue
-            order = np.random.default_rng([self._seed, epoch, run, window]).permutation(counts.sum())[skip:]
+            order = self._random(number, epoch, run, window).permutation(counts.sum())[skip:]
             skip = 0
-            rows = [(self._index.rows(int(start))[0], self._index.rows(int(stop) - 1)[1]) for start, stop in spans]
-            loaded = self._reader.read_several(rows)
+            rows = [(part.index.rows(int(start))[0], part.index.rows(int(stop) - 1)[1]) for start, stop in spans]
+            loaded = part.reader.read_several(rows)
             piece_of = np.repeat(np.arange(len(spans)), counts)
             positions = np.concatenate([np.arange(start, stop) for start, stop in spans])
             for i in order:
-                yield self._sample(int(positions[i]), rows[piece_of[i]][0], loaded[piece_of[i]])
+                yield part.sample(int(positions[i]), rows[piece_of[i]][0], loaded[piece_of[i]])
 
-    def _pieces(self, epoch: int, run: int, num_runs: int) -> NDArray[np.int64]:
-        """[P, 2]: the run's samples in the epoch's order, as ranges of positions in the index, each within a piece."""
-        pieces = self._index.pieces(self._reader.store.block_rows)
-        pieces = pieces[np.random.default_rng([self._seed, epoch]).permutation(len(pieces))]
-        counts = pieces[:, 1] - pieces[:, 0]
-        ends = np.cumsum(counts)  # of the pieces, in the permuted sequence of samples
-        begin, end = (len(self._index) * at // num_runs for at in (run, run + 1))
-        left = np.clip(begin - (ends - counts), 0, counts)  # samples of a piece that are before this run, and after it
-        right = np.clip(ends - end, 0, counts)
-        mine = left + right < counts
-        return np.stack([pieces[mine, 0] + left[mine], pieces[mine, 1] - right[mine]], axis=1)
+    def _pieces(self, number: int, epoch: int, begin: int, end: int) -> NDArray[np.int64]:
+        """[P, 2]: [begin, end) of a part's samples in the epoch's order, as ranges of positions within its pieces."""
+        pieces = self._parts[number].of_epoch(epoch)
+        return within(pieces[self._random(number, epoch).permutation(len(pieces))], begin, end)
 
-    def _sample(self, position: int, first_row: int, rows: Rows) -> Sample:
-        start, stop = self._index.rows(position)
-        found = {name: values[start - first_row : stop - first_row] for name, values in rows.items()}
-        return as_stored(self._index.number(position), found)
+    def _random(self, number: int, *what: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *what, *[number] * (number > 0)])  # the first is as one alone

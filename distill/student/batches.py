@@ -16,13 +16,23 @@ from distill.run.processes import check_readers, obey_parent_only, short_socket_
 _LOOK_SECONDS = 1  # between two looks at the readers
 
 
+def open_caches(config: TrainConfig) -> TeacherCache:
+    """What ``store`` names: a store, or several of them as one. Raises ConfigError and StoreError as both do."""
+    store = config.store
+    paths = [store.path] if isinstance(store.path, str) else store.path
+    return TeacherCache.mix([TeacherCache(path, store.options) for path in paths], store.weights, config.seed)
+
+
 def split(cache: TeacherCache, config: TrainConfig) -> tuple[TeacherCache, TeacherCache]:
     """What is trained on, and what is held out.
 
     Raises ConfigError where nothing is left to train on, and DataError where nothing can be measured on what is held
     out.
     """
-    trained_on, held_out = cache.split(config.evaluation.samples, config.seed)
+    try:
+        trained_on, held_out = cache.split(config.evaluation.samples, config.seed)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.samples: {error}") from error
     if not len(trained_on):
         raise ConfigError(
             f"evaluation.samples: expected fewer than the {len(cache)} samples of {cache.path}, found "
@@ -46,7 +56,7 @@ class StepBatches:
         """
         batch = config.batch
         self._batches = cache.shuffled(batch.samples, config.seed, grid.rank, grid.world_size, batch.window_blocks)
-        self._config = config
+        self._config, self._remote = config, "://" in cache.path
         self._per_epoch = self._batches.batches_per_epoch(config.batch.readers)  # micro-batches
         self._steps_per_epoch = -(-self._per_epoch // config.batch.accumulate)
         self.total_steps = config.optimizer.steps or config.optimizer.epochs * self._steps_per_epoch
@@ -64,7 +74,7 @@ class StepBatches:
     def _stream(self, step: int, device: torch.device) -> Iterator[Batch]:
         """All micro-batches from the first one of `step` on."""
         # A remote store's client does not survive a fork. With any other store a fork saves each reader seconds.
-        start_method = "forkserver" if "://" in self._config.store.path else "fork"
+        start_method = "forkserver" if self._remote else "fork"
         readers = self._config.batch.readers
         loader = DataLoader(
             self._batches,

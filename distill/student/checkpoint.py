@@ -46,7 +46,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings that a run's losses follow from, as a flat mapping. Only a run with the same ones is continued."""
     found: dict[str, Any] = {
-        "store": cache.attributes["fingerprint"],
+        **cache.identity,
         **{name.replace("teacher", "student"): value for name, value in source.fingerprint.items()},
         "workers": world_size,
         "steps": total_steps,

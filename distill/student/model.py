@@ -23,12 +23,16 @@ from distill.teacher.text import outside
 logger = logging.getLogger(__name__)
 
 
-def find(config: StudentConfig, teacher: Mapping[str, Any]) -> Source:
+def find(config: StudentConfig, teacher: Mapping[str, Any], *others: Mapping[str, Any]) -> Source:
     """The folder, configuration and tokenizer of ``student.model``. Raises ConfigError where it cannot be found.
 
-    teacher: the store's attribute ``teacher``, used where ``student.model`` is teacher
+    teacher, others: the stores' attributes ``teacher``, which must be the same one where ``student.model`` is teacher
     """
     is_teacher = config.model == "teacher"
+    names = dict.fromkeys((one["model"], one["revision"]) for one in (teacher, *others))
+    if is_teacher and len(names) > 1:
+        shown = " and ".join(model if revision is None else f"{model} at {revision}" for model, revision in names)
+        raise ConfigError(f"student.model: expected a folder or an id, since the stores' teachers are {shown}")
     settings = TeacherConfig(
         model=teacher["model"] if is_teacher else config.model,
         revision=teacher["revision"] if is_teacher else None,
@@ -120,7 +124,17 @@ def shortened(model: Any, kept: Sequence[int]) -> Any:
 
 
 def check(source: Source, loss: DistillationLoss, cache: Any) -> None:
-    """Raise ConfigError or StoreError where this student cannot learn from this cache."""
+    """Raise ConfigError or StoreError where this student cannot learn from this cache, or from one that it mixes."""
+    for part in cache.parts:
+        try:
+            _check(source, loss, part)
+        except ConfigError as error:
+            where = "" if len(cache.parts) == 1 or part.path in str(error) else f" ({part.path})"
+            raise ConfigError(f"{error}{where}") from error
+
+
+def _check(source: Source, loss: DistillationLoss, cache: Any) -> None:
+    """Raise ConfigError or StoreError where this student cannot learn from this cache of one store."""
     loss.check_method(cache.attributes["method"])
     loss.check(cache.temperatures)
     loss.check_arrays(cache.arrays, cache.path)

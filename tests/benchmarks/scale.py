@@ -30,7 +30,7 @@ from distill.config.generate import GenerateConfig
 from distill.data import plan
 from distill.data.tokenize import Samples
 from distill.errors import StoreError
-from distill.reading.cache import _some_examples
+from distill.reading.cache import some_examples
 from distill.run.grid import Grid
 from distill.store import schema
 from distill.store.store import checksum
@@ -168,12 +168,13 @@ class Steps:
     def choose_examples(self) -> tuple[str, Callable[[], Any]]:
         """the same, of examples with two windows each"""
         source = np.arange(self.samples) // 2
-        return "the choice alone", lambda: _some_examples(source, 1000, 0)
+        return "the choice alone", lambda: some_examples(source, 1000, 0)
 
     def start_epoch(self) -> tuple[str, Callable[[], Any]]:
         """shuffled: an epoch's order, of 1 of 64 ranks"""
-        batches = shuffled(complete(self.store), world_size=64)
-        return f"{len(batches._pieces(0, 5, 64)):,} pieces", lambda: batches._pieces(1, 5, 64)
+        cache = complete(self.store)
+        batches, run = shuffled(cache, world_size=64), (len(cache) * 5 // 64, len(cache) * 6 // 64)
+        return f"{len(batches._pieces(0, 0, *run)):,} pieces", lambda: batches._pieces(0, 1, *run)
 
     def first_batch(self) -> tuple[str, Callable[[], Any]]:
         """shuffled: the first batch"""

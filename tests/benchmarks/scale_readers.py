@@ -5,6 +5,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ class MadeUpRows:
     path = "made up"
 
     def __init__(self, block_rows: int) -> None:
-        self.store = SimpleNamespace(block_rows=block_rows, attributes={"k": K, "temperatures": [1.0]})
+        self.store = SimpleNamespace(block_rows=block_rows)
         self._rows: Rows | None = None
 
     def read_several(self, spans: Sequence[tuple[int, int]]) -> list[Rows]:
@@ -66,7 +67,8 @@ class MadeUpRows:
 def shuffled(cache: TeacherCache, world_size: int = 1) -> ShuffledBatches:
     """Batches of 8, out of made-up rows."""
     batches = cache.shuffled(8, world_size=world_size)
-    batches._reader = MadeUpRows(cache._reader.store.block_rows)  # type: ignore[assignment]
+    made_up: Any = MadeUpRows(cache._reader.store.block_rows)
+    batches._parts = [replace(part, reader=made_up) for part in batches._parts]
     return batches
 
 

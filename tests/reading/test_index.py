@@ -17,11 +17,11 @@ from distill import TeacherCache
 from distill.data.plan import lay_out
 from distill.errors import DataError
 from distill.reading import index as index_module
-from distill.reading.cache import _some_examples
+from distill.reading.cache import some_examples
 from distill.reading.index import Index
 from distill.reading.samples import RowReader
 from distill.reading.shared import SharedArray
-from distill.reading.shuffle import ShuffledBatches
+from distill.reading.shuffle import Part, ShuffledBatches
 from tests.support import planned_store
 
 
@@ -33,7 +33,7 @@ def index_of(lengths: Any, block_rows: int) -> tuple[Index, Any]:
 
 def batches_of(index: Index, block_rows: int, seed: int = 5) -> ShuffledBatches:
     reader: Any = SimpleNamespace(store=SimpleNamespace(block_rows=block_rows))
-    return ShuffledBatches(reader, index, 7, seed, 0, 1, 3)
+    return ShuffledBatches([Part(reader, index, len(index))], {}, 7, seed, 0, 1, 3)
 
 
 def whole_blocks(starts: Any, block_rows: int, seed: int, epoch: int, run: int, num_runs: int) -> list[list[int]]:
@@ -63,7 +63,8 @@ def test_blocks_of_up_to_65536_rows_come_in_the_order_that_they_always_had(seed:
     for part, those in ((index, starts), (index.where(chosen), starts[chosen]), (index[3::5], starts[3::5])):
         for num_runs in (1, 2, 7, 64):
             for run in range(num_runs):
-                found = batches_of(part, block_rows, seed)._pieces(seed, run, num_runs).tolist()
+                begin, end = (len(part) * at // num_runs for at in (run, run + 1))
+                found = batches_of(part, block_rows, seed)._pieces(0, seed, begin, end).tolist()
                 expected = whole_blocks(those, block_rows, seed, seed, run, num_runs) if len(those) else []
                 assert found == expected
 
@@ -102,7 +103,7 @@ def test_an_epoch_makes_no_array_as_long_as_the_samples() -> None:
         batches = batches_of(index, 1 << 20)
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
-        pieces = batches._pieces(0, 0, 1)
+        pieces = batches._pieces(0, 0, 0, len(index))
         assert tracemalloc.get_traced_memory()[1] - before < 500_000
         assert (pieces[:, 1] - pieces[:, 0]).sum() == len(index)
     tracemalloc.stop()
@@ -244,7 +245,7 @@ def test_the_same_examples_are_held_out_as_ever(seed: int, monkeypatch: pytest.M
         source = random.integers(0, examples, count)
         for num_samples in (1, count // 10 + 1, count - 1, count, 2 * count):
             if num_samples:
-                found = _some_examples(source, num_samples, seed)
+                found = some_examples(source, num_samples, seed)
                 assert (found == one_by_one(source, num_samples, seed)).all()
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from distill import TeacherCache
 from distill.errors import ConfigError
 from distill.reading.samples import RowReader
-from distill.reading.shuffle import ShuffledBatches
+from distill.reading.shuffle import Part, ShuffledBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 BATCH = 7
@@ -84,12 +84,10 @@ def test_a_stateful_loader_goes_on_without_replay(
             resumed = worker_of(i)
             resumed.load_state_dict(state)
             loads: list[int] = []
-            plain = ShuffledBatches._sample
-            monkeypatch.setattr(
-                ShuffledBatches, "_sample", lambda *a, plain=plain, loads=loads: loads.append(1) or plain(*a)
-            )
+            plain = Part.sample
+            monkeypatch.setattr(Part, "sample", lambda *a, plain=plain, loads=loads: loads.append(1) or plain(*a))
             assert [batch["sample"].tolist() for batch in resumed] == numbers[taken:]
-            monkeypatch.setattr(ShuffledBatches, "_sample", plain)
+            monkeypatch.setattr(Part, "sample", plain)
             assert len(loads) == sum(i >= 0 for batch in numbers[taken:] for i in batch)  # what was seen is not read
             resumed.set_epoch(4, done)
             assert [batch["sample"].tolist() for batch in resumed] == next_epoch

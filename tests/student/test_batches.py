@@ -16,11 +16,10 @@ import pytest
 import torch
 
 from distill import TeacherCache
-from distill.config.generate import CacheConfig
-from distill.config.train import OptimizerConfig, TrainBatchConfig, TrainConfig
+from distill.config.train import OptimizerConfig, StoresConfig, TrainBatchConfig, TrainConfig
 from distill.errors import ReaderError, StorageError
 from distill.run.grid import Grid
-from distill.student.batches import StepBatches
+from distill.student.batches import StepBatches, open_caches
 from tests.processes import children
 from tests.support import environment
 
@@ -29,8 +28,8 @@ CPU = torch.device("cpu")
 
 def steps_of(store: Path, readers: int, samples: int, accumulate: int = 1) -> Any:
     batch = TrainBatchConfig(readers=readers, samples=samples, accumulate=accumulate)
-    config = TrainConfig(store=CacheConfig(path=str(store)), batch=batch, optimizer=OptimizerConfig(epochs=2))
-    return StepBatches(TeacherCache(config.store.path), config, Grid()).read(0, CPU)
+    config = TrainConfig(store=StoresConfig(path=str(store)), batch=batch, optimizer=OptimizerConfig(epochs=2))
+    return StepBatches(open_caches(config), config, Grid()).read(0, CPU)
 
 
 def test_many_batches_are_held_with_few_descriptors(
