@@ -137,7 +137,10 @@ def watch(
     return seen
 
 
-def _place(path: str) -> str:
+def _place(path: str | list[str]) -> str:
+    """Where a store is, or several are, however it was written."""
+    if isinstance(path, list):
+        return " ".join(map(_place, path))
     return path if "://" in path else str(Path(path).resolve())
 
 
