@@ -98,7 +98,7 @@ def _client_defaults(path: str, options: Mapping[str, Any]) -> dict[str, dict[st
 
 def _hint(path: str, options: Mapping[str, Any], reason: str) -> str:
     """What leads to a place that does not answer for this reason, where no key of it is to be seen."""
-    if is_web(path, options) and reason.startswith("access denied") and "default_headers" not in str(options):
+    if is_web(path, options) and reason.lower().startswith("access denied") and "default_headers" not in str(options):
         return (
             "; is the address right? What is private needs a header Authorization, below "
             "store.options.client_options.default_headers in a YAML file"

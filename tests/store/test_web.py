@@ -19,8 +19,9 @@ from distill.errors import StorageError, StoreError
 from distill.store import retry
 from distill.store.store import Store
 from distill.store.writable import WritableStore
+from tests.store.seaweedfs import options_file
 from tests.store.test_store import commit_all, create
-from tests.store.webserver import WebServer, serving
+from tests.store.webserver import CUT, WebServer, serving
 from tests.support import environment, generate, reseal
 
 TOKEN = "Bearer hf_made_up_token"
@@ -90,7 +91,7 @@ def test_opening_takes_few_requests_and_a_sample_its_own_parts(folder: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"ranges": "plain"}, {"ranges": "none"}, {"absent": 403}, {"failures": [503, 500, 429]}]
+    "kind", [{}, {"ranges": "plain"}, {"ranges": "none"}, {"absent": 403}, {"failures": [503, CUT, 429]}]
 )
 def test_every_kind_of_server_gives_the_values_of_the_folder(
     kind: dict[str, Any], folder: Path, caplog: pytest.LogCaptureFixture
@@ -107,8 +108,15 @@ def test_every_kind_of_server_gives_the_values_of_the_folder(
         assert any(each.startswith("bytes=-") for each in plain) or kind.get("ranges", "all") != "all"
 
 
-def test_redirects_are_followed_and_the_login_stays(folder: Path) -> None:
+def test_redirects_are_followed_and_the_login_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with behind_redirects(folder) as (hub, files):
+        given = options_file(tmp_path / "login.yaml", HEADERS)
+        assert verify.main([f"{hub.url}/x.zarr", given]) == verify.main([str(folder / "x.zarr")])
+        shown = capsys.readouterr()
+        assert "committed" in shown.out
+        assert TOKEN not in shown.out + shown.err
         equal(TeacherCache(f"{hub.url}/x.zarr", HEADERS), folder)
         assert {headers.get("authorization") for _, _, headers in hub.asked} == {TOKEN}
         assert len(files.asked) == len(hub.asked)
@@ -194,7 +202,7 @@ def test_an_outage_is_waited_for_and_ends_in_one_line(
 ) -> None:
     with serving(WebServer(folder)) as server, caplog.at_level(logging.INFO):
         cache = TeacherCache(f"{server.url}/x.zarr", {"retry_config": {"max_retries": 0}})
-        server.failures += [503] * 4
+        server.failures += [503, CUT, 503, 503]
         assert cache[0]["tokens"].equal(TeacherCache(str(folder / "x.zarr"))[0]["tokens"])
         assert "it answered (503 Service Unavailable); trying again for up to 300 s" in caplog.text
         assert "is back, after" in caplog.text

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+CUT = 0
 PAGE = b"<!DOCTYPE html><html><body>Nothing is here, or everything is.</body></html>"
 
 
@@ -22,7 +23,7 @@ class WebServer:
     to:       where every file is instead, with a signature; the answer is a redirect
     token:    the header Authorization that is asked for
     gzipped:  files are sent compressed, whatever is asked for
-    failures: statuses for the next requests
+    failures: statuses for the next requests; CUT: the connection ends in the middle of an answer
     asked:    (method, path, headers) of each request
     """
 
@@ -40,7 +41,8 @@ class WebServer:
         """Status, headers and content."""
         self.asked.append((method, path, headers))
         if self.failures:
-            return self.failures.pop(0), {}, b""
+            status = self.failures.pop(0)
+            return status, ({"Content-Length": "1000", "Connection": "close"} if status == CUT else {}), b"{"
         if self.token and headers.get("authorization") != self.token:
             return 401, {}, PAGE
         if method != "GET":
@@ -83,8 +85,8 @@ def serving(server: WebServer) -> Iterator[WebServer]:
         def respond(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
             status, own, content = server.answer(self.command, self.path, headers)
-            self.send_response(status)
-            for name, value in {**own, "Content-Length": str(len(content))}.items():
+            self.send_response(200 if status == CUT else status)
+            for name, value in {"Content-Length": str(len(content)), **own}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content if self.command == "GET" else b"")
