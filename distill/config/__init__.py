@@ -4,4 +4,5 @@ data.py      ExamplesConfig, DatasetConfig
 generate.py  TeacherConfig, CaptureConfig, ParallelConfig, BatchConfig, CacheConfig, StoreConfig, GenerateConfig
 train.py     StudentConfig, LossConfig, OptimizerConfig, TrainBatchConfig, EvaluationConfig, TrainConfig
 rollout.py   RolloutStudentConfig, PromptsConfig, SamplingConfig, RolloutBatchConfig, RolloutConfig
+exchange.py  ExportConfig, IngestTeacherConfig, CapturedConfig, IngestConfig
 """
