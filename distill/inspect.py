@@ -78,6 +78,7 @@ def describe(store: Store) -> str:
             "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
             f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
             "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}",
+            **_unknown(found),
             **Choice.of(store).lines(found["vocab_size"], found["config"].get("store.codec", "portable")),
             "layout": f"{len(committed)} blocks of {store.block_rows:,} rows",
             "size": f"{human(total)}, {total / max(1, tokens):.0f} bytes/token",
@@ -90,6 +91,14 @@ def describe(store: Store) -> str:
         arrays.append(f"{name:16}{shown:>16}{dtype:>10}{human(size):>12}{size / max(1, tokens):>13.1f}")
     tokenizer = local_tokenizer(teacher["model"], teacher["revision"])
     return "\n\n".join([head, "\n".join(arrays), *_examples(store, committed, tokenizer)])
+
+
+def _unknown(found: dict[str, Any]) -> dict[str, str]:
+    """Of a store that others captured: how, and what it does not say."""
+    if "unknown" not in found:
+        return {}
+    form = found.get("captured", {}).get("form", "unknown")
+    return {"provenance": f"captured by others, read as {form}; unknown: {', '.join(found['unknown'])}"}
 
 
 def _examples(store: Store, committed: NDArray[np.bool_], tokenizer: Any) -> list[str]:

@@ -9,8 +9,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from distill.config.exchange import ExportConfig
-from distill.exchange import exporting
+from distill.config.exchange import ExportConfig, IngestConfig
+from distill.exchange import exporting, ingesting
 from distill.run.board import Board
 from distill.run.grid import Grid
 from distill.run.watch import Watch
@@ -47,6 +47,19 @@ def export_here(store: Path | str, out: Path, *arguments: str) -> Path:
     if job is not None:
         exporting.Worker(config, job, board, Watch(board, Grid(), 600.0, lambda error: None)).work(job.missing)
     return out
+
+
+def ingest_here(rows: Path | str, store: Path, teacher: Path, *arguments: str) -> Path:
+    """What distill.ingest does, by one worker, in this process."""
+    alone = [str(rows), str(store), f"teacher.model={teacher}", f"log_dir={store.parent}", *arguments]
+    config = load(IngestConfig, named(alone, "dataset.path", "store.path"))
+    board = Board(torch.distributed.HashStore())
+    job = ingesting.plan_job(config, Grid(), board, ingesting.find(config))
+    if job is not None:
+        ingesting.Worker(job, board, Watch(board, Grid(), 600.0, lambda error: None)).work(job.missing)
+        job.store.mark_complete()
+        job.store.unlock()
+    return store
 
 
 def table(folder: Path, tmp_path: Path) -> Any:
