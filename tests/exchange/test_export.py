@@ -10,6 +10,7 @@ import torch
 from distill.errors import ConfigError, StoreError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import collate
+from distill.settings import named
 from distill.store.writable import WritableStore
 from distill.student.loss import DistillationLoss
 from tests.exchange.support import CHATS, TEXTS, captured, export_here, kl_of_columns, table
@@ -151,3 +152,15 @@ def test_an_unfinished_store_is_refused(stores: dict[str, Path], teacher: Path, 
     with pytest.raises(StoreError, match=r"store.path: expected a complete store, found \d of \d blocks in"):
         export_here(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_arguments_without_a_key() -> None:
+    alone = ["https://host/x.zarr?a=b", "out", "part_tokens=5", "store.options.region=eu", "mine.yaml"]
+    expected = ["part_tokens=5", "store.options.region=eu", "mine.yaml", f"store.path={alone[0]}", "output=out"]
+    assert named(alone, "store.path", "output") == expected
+    for wrong, words in (
+        (["a", "b", "c"], "at most 2 arguments without a key.*found a b c"),
+        (["--all"], "option --all"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            named(wrong, "store.path", "output")

@@ -269,6 +269,29 @@ def test_killed_and_split_among_workers_it_is_the_same_store(
     assert tree(again) == expected
 
 
+def test_the_teacher_is_asked_again(
+    teacher: Path, vllm: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says the same of its own rows, in either form, with and without a tail; and not of rows that are shifted."""
+    store = captured(tmp_path / "first", teacher, TEXTS, "capture.method=topk", "capture.k=7")
+    out = export_here(store, tmp_path / "out")
+    whole = captured(tmp_path / "whole", teacher, CHATS, "capture.method=topk", "capture.k=300")
+    for path, name in (
+        (write(tmp_path / "rows.jsonl", vllm), "a"), (out, "b"), (export_here(whole, tmp_path / "all"), "c"),
+    ):  # fmt: skip
+        found = ingest_here(path, tmp_path / f"{name}.zarr", teacher)
+        assert verify([str(found), "--teacher", "teacher.device=cpu"]) == 0, capsys.readouterr().out
+        assert "the store says what this teacher says" in capsys.readouterr().out
+    assert "tail_logprob" in Store.existing(str(found), {}).unknown
+    rows: list[dict[str, Any]] = []
+    for row in table(out, tmp_path).to_list():
+        moved = {name: [row[name][-1], *row[name][:-1]] for name in ("target_token_ids", "target_logprobs")}
+        rows.append({**row, **moved})
+    found = ingest_here(write(tmp_path / "wrong.jsonl", rows), tmp_path / "wrong.zarr", teacher)
+    assert verify([str(found), "--teacher", "teacher.device=cpu"]) == 1
+    assert "THE STORE IS NOT WHAT THIS TEACHER SAYS" in capsys.readouterr().out
+
+
 def change(row: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 
