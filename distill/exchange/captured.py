@@ -323,10 +323,11 @@ def _rectangle(found: Any, length: int, name: str, where: str) -> Floats:
         raise DataError(f"dataset: expected a list for each token in {name!r} of {where}, found {show(found)}")
     counts = np.array([len(entry) for entry in lists], np.int64)
     flat = list(chain.from_iterable(lists))
-    if any(not isinstance(value, int | float | None) for value in flat):
+    values = np.array(flat if None not in flat else [np.nan if value is None else value for value in flat])
+    if flat and values.dtype.kind not in "iuf" + "b" * (name == "target_mask"):
         raise DataError(f"dataset: expected numbers in {name!r} of {where}, found {show(flat)}")
     filled = np.full((length, max(1, int(counts.max(initial=0)))), np.nan)
-    filled[np.arange(filled.shape[1]) < counts[:, None]] = np.array(flat, np.float64)
+    filled[np.arange(filled.shape[1]) < counts[:, None]] = values.astype(np.float64)
     return filled
 
 

@@ -63,8 +63,7 @@ class Rows:
         self.reader = CapturedReader(columns, source.vocab_size, self.data.name)
 
     def __iter__(self) -> Iterator[Row]:
-        rows = self.data.rows(self.reader.columns, needed=self.reader.needed)
-        return islice(rows, self.data.config.max_samples)
+        return islice(self.data.rows(self.reader.columns), self.data.config.max_samples)
 
 
 class Job(NamedTuple):
