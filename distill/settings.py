@@ -91,6 +91,26 @@ def split(arguments: Sequence[str], *keys: str) -> tuple[list[str], list[str]]:
     return settings, [argument for argument in arguments if argument not in settings]
 
 
+def named(arguments: Sequence[str], *keys: str) -> list[str]:
+    """The arguments of a command, where those that stand alone, and are no YAML files, are the values of `keys`.
+
+    Raises ConfigError where there are more of them than keys.
+    """
+    alone = [
+        argument
+        for argument in arguments
+        if not re.match(r"[\w.]+=", argument) and ("://" in argument or not argument.endswith((".yaml", ".yml")))
+    ]
+    if strange := [argument for argument in alone if argument.startswith("-")]:
+        raise ConfigError(f"unknown option {strange[0]}; --help lists the keys")
+    if len(alone) > len(keys):
+        raise ConfigError(
+            f"expected at most {len(keys)} arguments without a key ({', '.join(keys)}), found {' '.join(alone)}"
+        )
+    values = [f"{key}={value}" for key, value in zip(keys, alone, strict=False)]
+    return [*(argument for argument in arguments if argument not in alone), *values]
+
+
 def expand(path: str, name: str) -> str:
     """The path with a home folder in place of a leading ~ or ~user. A URL, or an id of the hub, is as it was.
 

@@ -5,4 +5,5 @@ generate.py  TeacherConfig, CaptureConfig, ParallelConfig, BatchConfig, CacheCon
              is_web, OPTIONS_OF_ALL: is a store's path a web address?
 train.py     StoresConfig, StudentConfig, LossConfig, OptimizerConfig, TrainBatchConfig, EvaluationConfig, TrainConfig
 rollout.py   RolloutStudentConfig, PromptsConfig, SamplingConfig, RolloutBatchConfig, RolloutConfig
+exchange.py  ExportConfig, IngestTeacherConfig, CapturedConfig, IngestConfig
 """

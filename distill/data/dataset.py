@@ -89,7 +89,7 @@ class Data:
                 yield from saved_rows(self._table, columns)
         else:
             for file in self.files:
-                first, rows = first_rows(read(file, columns, self.config.split), _FIRST_ROWS)
+                first, rows = first_rows(read(file, columns, self.config.split), _FIRST_ROWS if needed else 0)
                 there = {*chain.from_iterable(first)}
                 if first and (missing := [name for name in needed if name not in there]):
                     raise DataError(

@@ -29,7 +29,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".zst": lambda file: pa.input_stream(str(file), compression="zstd"),
 }
 _LISTS_OF_A_RECORD = {"messages", "conversations", "prompt", "completion", "tools"}
-_BATCH_ROWS = 256
+_BATCH_ROWS, _BATCH_BYTES = 256, 1 << 20
 
 
 def kind(file: Path) -> str | None:
@@ -65,7 +65,9 @@ def without_nulls(value: Any) -> Any:
     """A value as it was before Arrow gave all dicts of a column the same keys: no entry is null, at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+    if isinstance(value, list) and not (value and isinstance(value[0], int | float | str)):  # Arrow's have one type
+        return [without_nulls(entry) for entry in value]
+    return value
 
 
 def _bytes(file: Path) -> Any:
@@ -165,7 +167,9 @@ def _parquet(file: Path, columns: Sequence[str] | None, _split: str) -> Iterator
     with pa.parquet.ParquetFile(file) as opened:
         there = [name for name in opened.schema_arrow.names if columns is None or name in columns]
         for batch in opened.iter_batches(_BATCH_ROWS, columns=there):
-            yield from map(without_nulls_below, batch.to_pylist())
+            step = max(1, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes))  # as Python's objects they are larger
+            for at in range(0, batch.num_rows, step):
+                yield from map(without_nulls_below, batch.slice(at, step).to_pylist())
 
 
 def _arrow(file: Path, columns: Sequence[str] | None, _split: str) -> Iterator[Row]:

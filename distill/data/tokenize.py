@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import IO, Any
 
@@ -66,6 +66,10 @@ class Samples:
         """The names of what there is for each token, as in a store."""
         return list(self._columns)
 
+    def without(self, column: str) -> "Samples":
+        """The same samples without one of the `columns`."""
+        return replace(self, _columns={name: values for name, values in self._columns.items() if name != column})
+
     def take(self, samples: Sequence[int] | NDArray[np.integer]) -> dict[str, NDArray[Any]]:
         """The given samples, concatenated: tokens [N] int32, source [n] int64 and what else `columns` names."""
         lengths = self.lengths[samples]
@@ -74,17 +78,18 @@ class Samples:
         return {"source": self.source[samples], **{name: values.take(at) for name, values in self._columns.items()}}
 
 
-class _Spool:
+class Spool:
     """Samples while they are made: in files that nobody else sees, and that are gone with this process."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, masked: bool, sampled: bool = False) -> None:
+        """masked, sampled: whether samples say which of their tokens are trained on, and have log-probabilities."""
         self._types: dict[str, type] = {"tokens": np.int32}
-        self._types |= {"loss_mask": np.bool_} if form.masked else {}
-        self._types |= {"sampled_logprob": np.float16} if form.sampled else {}
+        self._types |= {"loss_mask": np.bool_} if masked else {}
+        self._types |= {"sampled_logprob": np.float16} if sampled else {}
         self._files: dict[str, IO[bytes]] = {name: tempfile.TemporaryFile() for name in self._types}  # noqa: SIM115
         self._lengths, self._source = array.array("i"), array.array("q")
 
-    def __enter__(self) -> "_Spool":
+    def __enter__(self) -> "Spool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,6 +110,7 @@ class _Spool:
         self._source.append(example)
 
     def samples(self) -> Samples:
+        """All that were added."""
         lengths = np.asarray(self._lengths)
         columns: dict[str, NDArray[Any]] = {}
         for name, file in self._files.items():
@@ -135,7 +141,7 @@ def tokenize(
         _encoded(form, rows, config.num_proc), "tokenizing", unit=" examples", disable=not visible, file=sys.stderr,
         mininterval=0.1 if sys.stderr.isatty() else 10.0, dynamic_ncols=True, delay=1.0,
     )  # fmt: skip
-    with _Spool(form) as spool:
+    with Spool(form.masked, form.sampled) as spool:
         for example, encoded in enumerate(bar):
             counts.update(encoded.notes)
             for sample in _pieces(form, encoded, limit, config.long, counts):

@@ -57,7 +57,9 @@ def look(cache: TeacherCache, seed: int = 0) -> Look:
     for i, number in enumerate(chosen):
         sample = cache[int(number)]
         logprobs = sample["target_logprobs"].numpy()
-        tail = sample["tail_logprob"][:, column].numpy()
+        tail = (
+            sample["tail_logprob"][:, column].numpy() if "tail_logprob" in sample else np.full(len(logprobs), -np.inf)
+        )
         mass += np.nan_to_num(np.exp(logprobs.astype(np.float64))).cumsum(axis=1).sum(axis=0)
         entropies.append(least_entropy(sample["target_ids"].numpy(), logprobs, tail))
         num_rows += len(logprobs)

@@ -18,7 +18,7 @@ from distill.reading.cache import TeacherCache
 from distill.reading.samples import Sample, collate
 from distill.settings import load
 from distill.student import model as student_model
-from distill.student.evaluate import TO_TEACHER, without_draws
+from distill.student.evaluate import divergences
 from distill.student.metrics import evaluations, is_run
 
 SHOWN_IDS = 5
@@ -192,7 +192,7 @@ def differences(model: Any, samples: Sequence[Sample], temperatures: list[float]
             continue
         logits = model(batch["input_ids"]).logits[0, at].float()
         rows = {name: values[0, at] for name, values in batch.items()}
-        apart = TO_TEACHER.per_row(logits, without_draws(rows), temperatures)
+        apart = divergences(logits, rows, temperatures)
         likely = logits.softmax(dim=1).topk(SHOWN_IDS, dim=1)
         taken: list[int] = []
         for i in apart.argsort(descending=True)[: 8 * _DIFFERENCES].tolist():

@@ -106,9 +106,12 @@ class TeacherCache(Dataset[Sample]):
 
     @property
     def arrays(self) -> frozenset[str]:
-        """The names of the store's arrays over rows; loss_mask, sampled_logprob and next_logprob need not be there."""
+        """The names of the store's arrays over rows, but for those that it marks as unknown.
+
+        target_ids, target_logprobs and tokens are always there.
+        """
         store = self._reader.store
-        return frozenset([*store.planned, *store.captured])
+        return frozenset([*store.planned, *store.captured]) - store.unknown
 
     @property
     def max_length(self) -> int:

@@ -2,7 +2,8 @@
 
 T tokens of a sample, K kept ids, n temperatures, B rows of a batch, L tokens of a row.
 
-A sample is a dict of tensors. Row t of each tensor is about the token that follows token t:
+A sample is a dict of tensors, without those that the store marks as unknown. Row t of each tensor is about the token
+that follows token t:
 
     sample          int      its number in the store
     tokens          [T]      int64
@@ -76,7 +77,7 @@ class RowReader:
                 f"{identity} at {self._place}"
             )
         self._identity = identity
-        self._opened = _Opened(store, [*store.planned, *store.captured])
+        self._opened = _Opened(store, [name for name in (*store.planned, *store.captured) if name not in store.unknown])
         return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,7 +219,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         next_tokens     [B, L] int64    the token that follows: the label of position t; -1 where none follows
         loss_mask       [B, L] bool     positions to learn from: a token follows that is trained on
         target_ids, target_logprobs, logsumexp, tail_logprob      [B, L, ...] as in a sample, 0 in padding
-        next_logprob, sampled_logprob   [B, L] float32, 0 outside the loss_mask; not there if a sample has none
+        next_logprob, sampled_logprob   [B, L] float32, 0 outside the loss_mask
+
+    What a sample lacks, the batch lacks too.
 
     Position t of each array is about the token that follows input_ids[:, t]: nothing has to be shifted.
     """
@@ -230,8 +233,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         next_tokens=torch.full(shape, -1),
         loss_mask=torch.zeros(shape, dtype=torch.bool),
     )
+    targets = [name for name in _TARGETS if all(name in sample for sample in samples)]
     k = max(sample["target_ids"].shape[1] for sample in samples)
-    for name in _TARGETS:
+    for name in targets:
         dtype = torch.int64 if name == "target_ids" else torch.float32
         width = k if name.startswith("target_") else samples[0][name].shape[1]
         batch[name] = torch.zeros((*shape, width), dtype=dtype)
@@ -241,7 +245,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         batch["input_ids"][row, :length] = sample["tokens"]
         batch["next_tokens"][row, : length - 1] = sample["tokens"][1:]
         batch["loss_mask"][row, : length - 1] = sample["loss_mask"][:-1] if "loss_mask" in sample else True
-        for name in _TARGETS:
+        for name in targets:
             batch[name][row, :length] = _widened(name, sample[name], batch[name].shape[2])
         for name in of_next:
             batch[name][row, :length] = sample[name]

@@ -93,7 +93,7 @@ def plan_job(config: RolloutConfig, grid: Grid, board: Board, source: Source, de
     parts.clean()
     if parts.manifest is None:
         packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyarrow")}
-        parts.begin(
+        parts.keep(
             reader.read(source.context_length), config.batch.part_prompts, rollouts_of_a_prompt=config.sampling.n,
             student=config.student.model, tokenizer=source.vocabulary, config=settings,
             versions={"distill": __version__, **packages},

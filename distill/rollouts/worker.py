@@ -31,7 +31,7 @@ class Worker:
         self._began = time.monotonic()
         for part in dealt:
             rows = self._rows(sampler, part)
-            self._job.parts.write(part, rows)
+            self._job.parts.write_part(part, rows)
             logger.info("part %d is finished: %d rollouts", part, len(rows), extra={"console": False})
         self.totals.seconds = time.monotonic() - self._began
 

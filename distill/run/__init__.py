@@ -7,6 +7,7 @@ session    run_worker, Session: how a worker starts, and how it ends; signals an
 log        open_log, adapt_to_machine: the console, and a log file for each worker
 progress   Bar: a progress bar
 board      Board, store_of, first_of_node, from_all: counters and notes that all workers share
+parts      PartsFolder, PartsKind: a folder of numbered files, each whole or not there
 groups     process_group: of a replica or of a training
 nodes      check_nodes, PROBE: whether all nodes have the same versions, settings and folders
 watch      Watch: which worker hangs

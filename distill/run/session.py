@@ -25,7 +25,7 @@ from distill.run.grid import Grid
 from distill.run.log import adapt_to_machine, end_of_log, open_log
 from distill.run.processes import STOPS, a_sibling_is_gone, await_siblings
 from distill.run.progress import Bar
-from distill.settings import Config, help_text, load
+from distill.settings import Config, help_text, load, named
 
 _PATIENCE_SECONDS = 3.0
 _GRACEFUL_SECONDS = 20.0  # torchrun kills after 30
@@ -221,10 +221,15 @@ class _Report:
 
 
 def run_worker(
-    kind: type[Config], usage: str, arguments: Sequence[str], body: Callable[[Config, Grid, Session], None]
+    kind: type[Config],
+    usage: str,
+    arguments: Sequence[str],
+    body: Callable[[Config, Grid, Session], None],
+    keys: Sequence[str] = (),
 ) -> int:
     """An entry point: print --help, or run `body` with the settings among `arguments`, as a worker of torchrun.
 
+    keys: of the values that may stand alone among the arguments, in this order
     Returns the exit status, as `Session.run` does.
     """
     adapt_to_machine()
@@ -233,4 +238,4 @@ def run_worker(
         return 0
     grid = Grid.from_environment()
     session = Session(grid.rank)
-    return session.run(lambda: body(load(kind, arguments), grid, session))
+    return session.run(lambda: body(load(kind, named(arguments, *keys) if keys else arguments), grid, session))

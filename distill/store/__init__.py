@@ -8,6 +8,7 @@ schema       CAPTURED, INNER_ROWS: which arrays there are
 codecs       how an array is cut and compressed
 metadata     the zarr.json of the group and of each array, and their digests
 requests     together: several requests at the same time
+rules        what the values of rows must be
 soundness    BlockCheck, Problem, block_problems, metadata_problems, plan_problems: is all as the format promises?
 repair       no_other_run, restore_metadata, take_back: what is damaged is made again
 location     check_writable, Lock, fsync: local folders, object stores, locks, what is safely on disk

@@ -29,17 +29,13 @@ from distill.store.metadata import (
     was_interrupted,
 )
 from distill.store.requests import contents
+from distill.store.rules import broken_rules
 from distill.store.schema import PLANNED, SAMPLE_TABLE
 from distill.store.store import Store
 
 _STEP_ROWS = 1 << 16
 _STEP_SAMPLES = 1 << 22
 _BLOCKS_AT_A_TIME = 8
-_ROUNDING = 2**-7 + 2**-11
-"""The relative error of a stored log-probability."""
-
-_UNDRAWN = 1e-5
-"""Of so little mass a sample may have no draw."""
 
 
 @dataclass(frozen=True)
@@ -212,83 +208,6 @@ def _rows_in_use(store: Store, block: int) -> tuple[NDArray[np.bool_], NDArray[n
     last = np.zeros(store.block_rows + 1, np.bool_)
     last[ends - 1] = True
     return change[:-1].cumsum() > 0, last[:-1]
-
-
-def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> list[str]:
-    """What no teacher would say, of N rows in use: [N, ...] each, of the arrays that there are.
-
-    last: [N], whether a row is a sample's last one
-    """
-    vocab_size, rules = attributes["vocab_size"], {}
-    if "tokens" in rows:
-        rules["tokens: an id is outside the vocabulary"] = (rows["tokens"] < 0) | (rows["tokens"] >= vocab_size)
-    if "target_ids" in rows:
-        ids, logprobs = rows["target_ids"], rows["target_logprobs"].astype(np.float64)
-        tail = rows["tail_logprob"].astype(np.float64)
-        sampled = attributes["method"] == "sample"
-        if sampled:
-            rules |= _rules_of_samples(ids, logprobs, tail)
-            logprobs = np.where(np.isnan(logprobs), -np.inf, logprobs)
-        whole = np.concatenate([logprobs, tail[:, [attributes["temperatures"].index(1.0)]]], axis=1)
-        # each is off by _ROUNDING of itself, at most
-        slack = 1e-3 + (np.exp(whole) * np.expm1(_ROUNDING * np.clip(-whole, 0, 1e3))).sum(axis=1)
-        ordered = np.sort(ids, axis=1)
-        rules |= {
-            "target_ids: an id is outside the vocabulary": (ids < (-1 if sampled else 0)) | (ids >= vocab_size),
-            "target_ids: an id is there twice": (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0),
-            "target_logprobs: a log-probability is above 0, or no number": ~(logprobs <= 0),
-            "target_logprobs: not in descending order": ~(logprobs[:, 1:] <= logprobs[:, :-1]),
-            "tail_logprob: a log-probability is above 0, or no number": ~(tail <= 0),
-            "logsumexp: not finite": ~np.isfinite(rows["logsumexp"]),
-            "target_logprobs and tail_logprob: the probabilities do not add up to 1": ~(
-                np.abs(np.exp(whole).sum(axis=1) - 1) <= slack
-            ),
-        }
-        if "next_logprob" in rows:
-            rules |= _rules_of_next(rows, logprobs, whole[:, -1], vocab_size)
-    if "sampled_logprob" in rows:
-        rules["sampled_logprob: a log-probability is above 0, or after the end"] = (rows["sampled_logprob"] > 0) | (
-            rows["last"] & ~np.isnan(rows["sampled_logprob"])
-        )
-    return [rule for rule, broken in rules.items() if broken.any()]
-
-
-def _rules_of_next(
-    rows: Mapping[str, NDArray[Any]], logprobs: NDArray[np.float64], tail: NDArray[np.float64], vocab_size: int
-) -> dict[str, NDArray[np.bool_]]:
-    """What the log-probability of the token that follows cannot be. logprobs, tail: at temperature 1, -inf for none."""
-    found, last = rows["next_logprob"].astype(np.float64), rows["last"]
-    rules = {
-        "next_logprob: a log-probability is above 0": found > 0,
-        "next_logprob: one where no token follows, or none where one does": np.isnan(found) != last,
-    }
-    if "tokens" in rows:
-        following = np.append(rows["tokens"][1:], -1)
-        kept = (rows["target_ids"] == following[:, None]) & np.isfinite(logprobs)
-        known, is_kept = ~last & (following >= 0) & (following < vocab_size), kept.any(axis=1)
-        expected = np.where(is_kept, np.where(kept, logprobs, 0).sum(axis=1), tail)
-        with np.errstate(invalid="ignore"):  # -inf is what -inf says
-            above = found - expected > 1e-3 + _ROUNDING * np.clip(-expected, 0, 1e3)
-            below = is_kept & (expected - found > 1e-3 + _ROUNDING * np.clip(-found, 0, 1e3))
-        rules["next_logprob: not what target_logprobs and tail_logprob say of the token that follows"] = known & (
-            above | below
-        )
-    return rules
-
-
-def _rules_of_samples(ids: NDArray[Any], logprobs: NDArray[Any], tail: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
-    """What a sample of a distribution does not have: ids that are kept, with a log-probability, then drawn ones."""
-    there, kept = ids >= 0, ~np.isnan(logprobs)
-    drawn = there & ~kept
-    both = drawn[:, 1:] & drawn[:, :-1]
-    return {
-        "target_ids: an id after the end of its row": there[:, 1:] & ~there[:, :-1],
-        "target_logprobs: a log-probability without an id, or after a drawn one": (kept & ~there)[:, 1:]
-        | (kept[:, 1:] & ~kept[:, :-1]),
-        "target_logprobs: none in a row": ~(kept & there)[:, 0],
-        "target_ids: drawn ones not in ascending order": both & (ids[:, 1:] < ids[:, :-1]),
-        "tail_logprob: nothing was drawn of it": ~drawn.any(axis=1) & (np.exp(tail[:, 0]) > _UNDRAWN),
-    }
 
 
 def block_problems(

@@ -111,6 +111,11 @@ class Store:
         """The names of the arrays over rows that workers write."""
         return [name for name in CAPTURED if name in self._arrays]
 
+    @property
+    def unknown(self) -> frozenset[str]:
+        """The names of the arrays that do not say in every row what the teacher said: whoever captured it did not."""
+        return frozenset(self.attributes.get("unknown", ()))
+
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Entries [start, stop) of an array, over rows, samples or blocks, as in `read_arrays`."""
         if name in SAMPLE_TABLE:

@@ -11,6 +11,6 @@ batches     split, open_caches, StepBatches: what is trained on, and what each s
 training    Training: a run and its steps
 optimizer   AdamW; gradients over workers and micro-batches: DistributedDataParallel, FSDP2
 checkpoint  Checkpoints, lock_output, settings_of: what a stopped run is continued from
-evaluate    held-out figures; TO_TEACHER, without_draws: the divergence that is measured
+evaluate    held-out figures; divergences: of each row from the teacher
 metrics     Metrics, SHOWN, evaluations, summary, is_run, side_by_side: what was measured, on disk and as tables
 """

@@ -18,8 +18,8 @@ from distill.student.loss import DistillationLoss, are_drawn
 BINS = 15
 """Bins of confidence of the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
-TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.0)
-"""The divergence that is measured: over the kept ids and the rest as one event."""
+_TO_TEACHER = DistillationLoss("forward_kl", "bucket", temperature=1.0, alpha=1.0)
+_TO_KEPT = DistillationLoss("forward_kl", "renormalize", temperature=1.0, alpha=1.0)
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def evaluate(
     tokens             how many there were
     cross_entropy      -log q of the token that follows, nats
     kl                 KL(teacher || student) over the kept ids and the rest as one event, nats; ids that a store has
-                       drawn belong to the rest
+                       drawn belong to the rest. Where nobody says how likely the rest is, as if it were nothing
     top1_agreement     share of tokens for which both find the same id most probable
     calibration_error  expected |confidence - accuracy| of the most probable token, over 15 bins of confidence
     log_ratio          log q - log p of the token y that follows, nats: minus the mean advantage
@@ -73,10 +73,16 @@ def measured(logits: Tensor, rows: Mapping[str, Tensor], temperatures: list[floa
     whole = [
         torch.tensor(len(following), device=logits.device),
         torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="sum"),
-        TO_TEACHER.per_row(logits, without_draws(rows), temperatures).sum(),
+        divergences(logits, rows, temperatures).sum(),
         (guess == rows["target_ids"][:, 0]).sum(),
     ]
     return torch.cat([torch.stack([value.double() for value in whole]), per_bin.flatten()])
+
+
+def divergences(logits: Tensor, rows: Mapping[str, Tensor], temperatures: list[float]) -> Tensor:
+    """[N] nats: what `kl` of `evaluate` is the mean of."""
+    loss = _TO_TEACHER if "tail_logprob" in rows else _TO_KEPT
+    return loss.per_row(logits, _without_draws(rows), temperatures)
 
 
 def measured_on_policy(logits: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
@@ -88,7 +94,7 @@ def measured_on_policy(logits: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([ratio.sum(), (torch.expm1(-ratio) + ratio).sum(), entropy.double().sum()])
 
 
-def without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_draws(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rows of a batch without drawn ids: their weights say what the teacher does in the mean, not how KL is."""
     ids, logprobs = rows["target_ids"], rows["target_logprobs"]
     none = (ids < 0) | are_drawn(ids, logprobs)

@@ -82,6 +82,11 @@ class DistillationLoss:
         return _TARGETS
 
     @property
+    def _rescales(self) -> bool:
+        """Whether it wants the kept ids' probabilities at another temperature, over the whole vocabulary."""
+        return self.temperature != 1 and self.tail != "renormalize"
+
+    @property
     def linear(self) -> bool:
         """Whether the gradient is linear in the teacher's probabilities: then a sample gives it in the mean."""
         return self.alpha == 0 or (self.divergence == "forward_kl" and self.temperature == 1)
@@ -110,7 +115,17 @@ class DistillationLoss:
         if "next_logprob" in self.reads and "next_logprob" not in there:
             raise ConfigError(
                 f"loss.divergence: expected next_logprob in {where} with on_policy, found none: it is of an older "
-                "version of distill (generate it again)"
+                "version of distill (generate it again), or was captured by others without it"
+            )
+        if "tail_logprob" in self.reads and self.tail != "renormalize" and "tail_logprob" not in there:
+            raise ConfigError(
+                f"loss: expected divergence forward_kl and tail renormalize with {where}, which does not say how "
+                f"likely all other ids are than those of a row, found {self.divergence} and {self.tail}"
+            )
+        if "logsumexp" in self.reads and self._rescales and "logsumexp" not in there:
+            raise ConfigError(
+                f"loss.temperature: expected 1 with {where}, which has no logsumexp, found {self.temperature:g} (or "
+                "use loss.tail=renormalize)"
             )
         if "sampled_logprob" in self.reads and "sampled_logprob" not in there:
             raise ConfigError(
@@ -129,15 +144,17 @@ class DistillationLoss:
         at_one, t = list(temperatures).index(1.0), self.temperature
         column = at_one if self.tail == "renormalize" else list(temperatures).index(t)
         ids, logprobs = rows["target_ids"], rows["target_logprobs"]
-        mass, tail = rows["tail_logprob"][:, column], None
+        none = logprobs.new_full((len(logprobs), column + 1), torch.nan)  # nothing is drawn of what is unknown
+        mass, tail = rows.get("tail_logprob", none)[:, column], None
         drawn = are_drawn(ids, logprobs)
         if not self.linear and drawn.any():
             self.check_method("sample")
         weight = mass - drawn.sum(dim=1).clamp(min=1).log()  # of each id that was drawn
-        if self.tail == "renormalize":
-            logprobs = logprobs / t
-        else:
+        if self._rescales:
             logprobs = (logprobs + rows["logsumexp"][:, [at_one]]) / t - rows["logsumexp"][:, [column]]
+        else:
+            logprobs = logprobs / t
+        if self.tail != "renormalize":
             tail = mass.masked_fill(drawn.any(dim=1), -torch.inf)
         logprobs = torch.where(drawn, weight[:, None], logprobs).masked_fill(ids < 0, -torch.inf)
         none = ids < 0
@@ -214,7 +231,7 @@ class DistillationLoss:
         mask = batch["loss_mask"]
         if not mask.any():  # a row with weight 0: DistributedDataParallel waits for every gradient
             return (head(hidden[:1, 0]).float() * 0).sum() + (hidden * 0).sum()
-        rows = {name: batch[name][mask] for name in self.reads}
+        rows = {name: batch[name][mask] for name in self.reads if name in batch}
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         starts = range(0, len(rows["next_tokens"]), chunk_tokens)
         for start, part in zip(starts, torch.split(hidden[mask], chunk_tokens), strict=True):

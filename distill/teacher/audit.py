@@ -126,7 +126,8 @@ def audit(
             samples += len(batch)
             progress(sum(map(len, batch)))
     stored, shapes = (_figures(parts) for parts in zip(*found, strict=True))
-    other = [name for name, ours in sorted(fingerprint.items()) if made.get(name) != ours]
+    compared = {name: ours for name, ours in fingerprint.items() if name in made or not store.unknown}
+    other = [name for name, ours in sorted(compared.items()) if made.get(name) != ours]
     return Audit(
         f"{settings.model} ({settings.dtype}, on {where.type})", other, len(blocks), samples,
         sum(len(part) for part, _ in found), stored, shapes,
@@ -219,8 +220,10 @@ def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Te
     tokens = [rows["tokens"] for rows in read]
     following = torch.from_numpy(np.concatenate([np.append(each[1:], -1) for each in tokens])).long()
     stored = _Rows.read({name: np.concatenate([rows[name] for rows in read]) for name in store.captured})
+    partial = bool(store.unknown)
+    said = (stored.ids[:, 0] >= 0) | (not partial)  # others may have captured nothing of a row
     if (
-        (stored.ids[:, 0] < 0).any()
+        (stored.ids[:, 0] < 0)[said].any()
         or ((stored.ids < 0) & ~stored.logprobs.isnan()).any()
         or (stored.ids >= teacher.vocab_size).any()
     ):
@@ -235,7 +238,8 @@ def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Te
     differences: tuple[list[Tensor], list[Tensor]] = [], []
     for logits in teacher.logits(tokens):  # [n, V]
         runs = [rows.part(at, at + len(logits)) for rows in (stored, other)]
-        divergences = [_divergence(logits, rows, column, settings.method == "sample") for rows in runs]
+        here = said[at : at + len(logits)]
+        divergences = [_divergence(logits, rows, column, partial or settings.method == "sample") for rows in runs]
         own = capture(
             logits,
             settings,
@@ -244,7 +248,8 @@ def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Te
         )
         assert own is not None
         for into, rows, divergence in zip(differences, runs, divergences, strict=True):
-            into.append(torch.stack([divergence, *_differences(rows, own)], dim=1))
+            after = following[at : at + len(logits)] if partial else None
+            into.append(torch.stack([divergence, *_differences(rows, own, after)], dim=1)[here])
         at += len(logits)
     return torch.cat(differences[0]), torch.cat(differences[1])
 
@@ -285,31 +290,47 @@ class _Rows:
 def _divergence(logits: Tensor, rows: _Rows, column: int, sampled: bool) -> Tensor:
     """Of `rows` from the distributions of `logits` [n, V] at temperature 1, [n] float64. column: of that.
 
-    sampled: ids without a log-probability were drawn, or are none.
+    sampled: ids without a log-probability were drawn, or are none. Where the tail is unknown, of the ids alone.
     """
     known = ~rows.logprobs.isnan() | (not sampled)
     known[:, 0] = True
-    ids = torch.where(known, rows.ids, rows.ids[:, :1]).long().to(logits.device)
+    ids = torch.where(known, rows.ids, rows.ids[:, :1]).long().clamp(min=0).to(logits.device)
     everything = logits.logsumexp(dim=1).double()
     kept = (logits.gather(1, ids).double() - everything[:, None]).masked_fill(~known.to(logits.device), -torch.inf)
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(dim=1).double() - everything
     q = torch.cat([kept, rest[:, None]], dim=1).cpu()  # [n, K + 1]
     p = torch.cat([rows.logprobs.masked_fill(~known, -torch.inf), rows.tail[:, [column]]], dim=1).double()
+    if (alone := rows.tail[:, column].isnan()).any():
+        p, q = (torch.where(alone[:, None], _of_ids(part), part) for part in (p, q))
     return (torch.where(p == -torch.inf, 0, p.exp() * (p - q)) - p.exp() + q.exp()).sum(dim=1)
 
 
-def _differences(rows: _Rows, own: Captured) -> tuple[Tensor, ...]:
+def _of_ids(logprobs: Tensor) -> Tensor:
+    """[n, K + 1]: the log-probabilities of K ids, scaled to a sum of 1; of all others none."""
+    scaled = logprobs[:, :-1].log_softmax(dim=1)
+    return torch.cat([scaled, torch.full_like(logprobs[:, -1:], -torch.inf)], dim=1)
+
+
+def _differences(rows: _Rows, own: Captured, following: Tensor | None) -> tuple[Tensor, ...]:
     """Of `rows` and what was captured, [n] float64 each.
 
+    following: [n], the ids that follow, where `rows` may have fewer ids than were captured, but that one in any case
     The shares of other ids and of other first ids; then how far logsumexp and the token that follows are apart.
     """
     ids, logsumexp = own.target_ids.cpu(), own.logsumexp.cpu()
-    both = torch.cat([rows.ids, ids], dim=1).sort(dim=1).values  # in each of the two an id is there once
+    theirs = rows.ids if following is None else rows.ids.masked_fill(rows.ids == following[:, None], -1)
+    both = torch.cat([theirs, ids], dim=1).sort(dim=1).values  # in each of the two an id is there once
     same = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(dim=1)
-    most = torch.maximum((rows.ids >= 0).sum(dim=1), (ids >= 0).sum(dim=1))
+    most = (theirs >= 0).sum(dim=1)
+    most = torch.maximum(most, (ids >= 0).sum(dim=1)) if following is None else most
+    same, most = torch.where(most == 0, 1, same), most.clamp(min=1)
     first = rows.ids[:, 0] != ids[:, 0]
     apart = (rows.following.double() - own.next_logprob.cpu().double()).abs().nan_to_num(0.0, posinf=torch.inf)
-    return 1 - same.double() / most, first.double(), (rows.logsumexp - logsumexp).abs().amax(dim=1).double(), apart
+    scale = (rows.logsumexp - logsumexp).abs().amax(dim=1).double()
+    if following is not None:  # others may not know the one, and have taken the other from what a store has rounded
+        scale = scale.nan_to_num(0.0)
+        apart = (apart - 2**-6 * own.next_logprob.cpu().double().abs().nan_to_num(0.0)).clamp(min=0)
+    return 1 - same.double() / most, first.double(), scale, apart
 
 
 def _figures(parts: Sequence[Tensor]) -> Figures:

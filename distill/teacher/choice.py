@@ -100,9 +100,8 @@ class Choice:
         pieces = len(there) * per_block
         for i in range(0, pieces, -(-pieces // _PIECES) or 1):
             start = (int(there[i // per_block]) * per_block + i % per_block) * size
-            names = {"target_ids", "target_logprobs", "tail_logprob", "next_logprob", "loss_mask"} & {
-                *store.array_names()
-            }
+            names = {"target_ids", "target_logprobs", "tail_logprob", "next_logprob", "loss_mask"}
+            names = (names - (store.unknown - {"tail_logprob"})) & {*store.array_names()}
             rows = store.read_arrays([*names], start, start + size)
             tail = rows["tail_logprob"][:, column]
             used = ~np.isnan(tail)

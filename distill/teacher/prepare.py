@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill import __version__
-from distill.config.generate import GenerateConfig
+from distill.config.generate import GenerateConfig, StoreConfig
 from distill.data import plan
 from distill.data.dataset import Data
 from distill.data.dataset import find as find_data
@@ -104,7 +104,7 @@ def plan_job(
     placement = place(config, grid, needs, free, device)
     data = find_data(config.dataset)
     fingerprint = fingerprint_of(config, source, needs, data)
-    store = find_store(config, fingerprint)
+    store = find_store(config.store, fingerprint)
     if store is not None and not store.complete and not store.plan_is_whole:
         logger.warning("%s lacks parts of its plan: they are written again from the dataset", config.store.path)
         replan(store, *lay_out(config, source, data))
@@ -160,21 +160,21 @@ def check_settings(config: GenerateConfig, source: Source) -> None:
         raise ConfigError(f"dataset.max_length: expected at most {context}, the teacher's context, found {length}")
 
 
-def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableStore | None:
+def find_store(config: StoreConfig, fingerprint: dict[str, Any]) -> WritableStore | None:
     """The store of this very run, locked, if an earlier start has created it.
 
     A complete store that lacks something, as after an incomplete copy or a repair, is not complete any more.
     Raises StoreError where the path holds something else or another run's store (naming each key that differs), where
     another run is writing there, and where the path cannot be written.
     """
-    store = WritableStore.open(config.store.path, config.store.options)
-    check_writable(config.store.path)
+    store = WritableStore.open(config.path, config.options)
+    check_writable(config.path)
     if store is None:
         return None
     if differing := differences(store.attributes["config"], fingerprint, "the store"):
         state = "a complete" if store.complete else "an unfinished"
         raise StoreError(
-            f"store.path: {config.store.path} is {state} store of another run; choose another path, or delete it:\n  "
+            f"store.path: {config.path} is {state} store of another run; choose another path, or delete it:\n  "
             + "\n  ".join(differing)
         )
     if not store.published:
@@ -188,7 +188,7 @@ def find_store(config: GenerateConfig, fingerprint: dict[str, Any]) -> WritableS
     for block in lacking:
         store.take_back(block)
     if lost:
-        logger.warning("%s lacks %d blocks that it had: they are made again", config.store.path, lost)
+        logger.warning("%s lacks %d blocks that it had: they are made again", config.path, lost)
     return store
 
 
@@ -208,10 +208,15 @@ def lay_out(config: GenerateConfig, source: Source, data: Data) -> tuple[Samples
             "%s was written with another tokenizer than the teacher's, which may mean other words by the same ids",
             data.name,
         )
-    order = plan.permutation(len(samples.lengths), config.capture.seed)
+    return samples, *place_samples(samples, config.capture.seed, config.store.block_rows)
+
+
+def place_samples(samples: Samples, seed: int, block_rows: int | str) -> tuple[NDArray[np.integer], plan.Plan]:
+    """The order in which samples lie in a store, and where. block_rows: as store.block_rows."""
+    order = plan.permutation(len(samples.lengths), seed)
     lengths = samples.lengths[order]
-    rows = config.store.block_rows
-    return samples, order, plan.lay_out(lengths, rows if isinstance(rows, int) else plan.auto_block_rows(lengths))
+    rows = block_rows if isinstance(block_rows, int) else plan.auto_block_rows(lengths)
+    return order, plan.lay_out(lengths, rows)
 
 
 def plan_store(
@@ -219,33 +224,51 @@ def plan_store(
 ) -> WritableStore:
     """Tokenize the dataset, place the samples, and create the store with its tokens."""
     samples, order, layout = lay_out(config, source, data)
+    facts = {
+        "method": config.capture.method,
+        "k": config.capture.k,
+        "temperatures": list(config.capture.temperatures),
+        **facts_of(source, needs.dtype_name),
+    }
+    return create_store(config.store, facts, fingerprint, samples, order, layout)
+
+
+def facts_of(source: Source, dtype: str) -> dict[str, Any]:
+    """What the attributes of a store say of its teacher."""
+    return {
+        "vocab_size": source.vocab_size,
+        "teacher": {
+            "model": source.config.model,
+            "revision": source.config.revision,
+            "architecture": (source.model_config.architectures or ["unknown"])[0],
+            "dtype": dtype,
+        },
+        "tokenizer": source.vocabulary,
+    }
+
+
+def create_store(
+    config: StoreConfig, facts: dict[str, Any], fingerprint: dict[str, Any], samples: Samples, order: NDArray[Any],
+    layout: plan.Plan,
+) -> WritableStore:  # fmt: skip
+    """Create a store with the tokens of these samples. facts: what its attributes say beside the layout."""
     num_tokens = int(layout.lengths.sum(dtype=np.int64))
     versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
     store = WritableStore.create(
-        config.store.path,
-        config.store.options,
+        config.path,
+        config.options,
         attributes={
-            "method": config.capture.method,
-            "k": config.capture.k,
-            "temperatures": list(config.capture.temperatures),
-            "vocab_size": source.vocab_size,
+            **facts,
             "block_rows": layout.block_rows,
             "num_blocks": layout.num_blocks,
             "num_samples": len(layout.lengths),
             "num_tokens": num_tokens,
             "fingerprint": summarize(fingerprint),
             "config": fingerprint,
-            "teacher": {
-                "model": config.teacher.model,
-                "revision": config.teacher.revision,
-                "architecture": (source.model_config.architectures or ["unknown"])[0],
-                "dtype": needs.dtype_name,
-            },
-            "tokenizer": source.vocabulary,
             "versions": {"distill": __version__, "python": platform.python_version(), **versions},
         },
         planned=samples.columns,
-        codec=config.store.codec,
+        codec=config.codec,
     )
     table, blocks = _contents(samples, order, layout)
     for name, values in table.items():

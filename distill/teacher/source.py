@@ -13,7 +13,8 @@ from distill.settings import expand
 from distill.store.fingerprint import digest, text_digest
 from distill.teacher import adapter, demo
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_HUB_FILES = [*_SMALL_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,19 @@ class Source:
         return found
 
 
-def locate(config: TeacherConfig) -> Source:
+def locate(config: TeacherConfig, weights: bool = True) -> Source:
     """Find the folder of ``teacher.model`` and read its small files. May convert the demo, or download from the hub.
 
+    weights: whether its weights have to be there
     Raises TeacherError for a folder or id that is missing, not a causal language model, or without a tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    named = demo.folder() if config.model == "demo" else _resolve(config.model, config.revision)
+    named = demo.folder() if config.model == "demo" else _resolve(config.model, config.revision, weights=weights)
     folder, with_tokenizer, adapted = _parts(named)
     if not (folder / "config.json").is_file():
         raise TeacherError(f"teacher.model: expected a model's folder, found no config.json in {folder}")
-    if not _weight_files(folder):
+    if weights and not _weight_files(folder):
         raise TeacherError(f"teacher.model: expected weights (*.safetensors), found none in {folder}")
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -192,7 +194,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _resolve(model: str, revision: str | None, download: bool = True) -> Path:
+def _resolve(model: str, revision: str | None, download: bool = True, weights: bool = True) -> Path:
     """The folder of a model that is a folder here, or is or will be in the hub's cache."""
     folder = Path(model)
     if folder.is_dir():
@@ -204,8 +206,8 @@ def _resolve(model: str, revision: str | None, download: bool = True) -> Path:
 
     where: dict[str, Any] = {"revision": revision, "local_files_only": not download}
     try:
-        found = Path(snapshot_download(model, allow_patterns=_HUB_FILES, **where))
-        if download and not any(found.glob("*.safetensors")):
+        found = Path(snapshot_download(model, allow_patterns=_HUB_FILES if weights else _SMALL_FILES, **where))
+        if download and weights and not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(model, allow_patterns=[*_HUB_FILES, "*.bin"], **where))
         return found
     except Exception as error:  # the hub client has dozens, from validation to the network's

@@ -1,5 +1,7 @@
 """A store in words: how large it is, what it keeps, how fast it came."""
 
+from typing import Any
+
 from distill.config.generate import GenerateConfig
 from distill.store.store import Store
 from distill.teacher.choice import Choice
@@ -75,9 +77,18 @@ def description(store: Store) -> tuple[dict[str, str], list[list[str]]]:
         "data": f"{found['num_samples']:,} samples, {found['num_tokens']:,} tokens, "
         f"{lengths.min()} to {lengths.max()} a sample, {lengths.mean():.0f} on average",
         "capture": f"{found['method']}, k {found['k']}, temperatures {found['temperatures']}",
+        **_unknown(found),
         **Choice.of(store).lines(found["vocab_size"], found["config"].get("store.codec", "portable")),
         "layout": f"{store.num_blocks} blocks of {store.block_rows:,} rows",
         "size": f"{human(total)}, {total / tokens:.0f} bytes/token" if all_known else unknown,
         "made with": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
     }
     return lines, rows
+
+
+def _unknown(found: dict[str, Any]) -> dict[str, str]:
+    """Of a store that others captured: how, and what it does not say."""
+    if "unknown" not in found:
+        return {}
+    form = found.get("captured", {}).get("form", "unknown")
+    return {"provenance": f"captured by others, read as {form}; unknown: {', '.join(found['unknown'])}"}
