@@ -8,7 +8,10 @@ Of students, the folders of training runs: their held-out figures, what they mak
 their training, and where they differ most from the teacher. They are loaded for that.
 
 -o FILE    where to write; report.html if it is left out. The folder is made
---teacher  let the teacher continue the same beginnings as the students; it is loaded too, in float32
+--teacher  let the teacher continue the same beginnings as the students; it is loaded too, in float32. teacher.model:
+           where it is now, if not where it was
+
+Code that comes with a model, or with a student's folder, runs with teacher.trust_remote_code=true only.
 """
 
 import os
@@ -25,6 +28,7 @@ _USAGE = (
     "usage: python -m distill.report STORE [STUDENT_FOLDER ...] [-o report.html] [--teacher] [CONFIG.yaml ...] "
     "[store.options.KEY=VALUE ...]"
 )
+_OF_TEACHERS = ("teacher.model", "teacher.trust_remote_code")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,7 +52,7 @@ def report(arguments: Sequence[str]) -> None:
 
     Raises DistillError as its parts do: for what is not a store, or not a training run of it; where files fail.
     """
-    settings, others = split(arguments, "store.options")
+    settings, others = split(arguments, "store.options", *_OF_TEACHERS)
     paths, file = _places(others)
     store_path, folders = paths[0], [Path(path) for path in paths[1:]]
     with_teacher = "--teacher" in others
@@ -67,7 +71,9 @@ def report(arguments: Sequence[str]) -> None:
     from distill.teacher.summary import description, human
 
     figures.check_installed()
-    options = load(GenerateConfig, settings).store.options
+    config = load(GenerateConfig, settings)
+    options = config.store.options
+    moved = None if config.teacher.model == GenerateConfig().teacher.model else config.teacher.model
     cache = TeacherCache(store_path, options)
     students = [read_student(folder, cache) for folder in folders]
     _check_writable(file)
@@ -78,7 +84,9 @@ def report(arguments: Sequence[str]) -> None:
     page.head(title, lead, *description(store))
     seen = look(cache)
     if students:
-        page.students(students, watch(students, cache, with_teacher, lambda what: print(f"asking {what}", flush=True)))
+        trusted = config.teacher.trust_remote_code
+        watched = watch(students, cache, with_teacher, moved, trusted, lambda what: print(f"asking {what}"))
+        page.students(students, watched)
     page.tokens(seen)
     page.store(seen)
     page.save(f"{title} - distill", file)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from distill import TeacherCache
-from distill.page.look import by_position, look
+from distill.page.look import Look, by_position, look
 from distill.page.words import Words, pieces
 from distill.report import main
 from tests.support import environment, generate_here, make_tokenizer, open_raw, reseal, save_model, tree
@@ -105,6 +105,29 @@ def test_the_values_are_those_of_the_store(chats: Path) -> None:
             assert data["words"][own] == words.words[words.number(int(ids[i]))]
 
 
+def test_of_a_long_chat_what_is_trained_on_is_shown(chats: Path, tmp_path: Path) -> None:
+    from distill.page.html import Page
+
+    sample = TeacherCache(str(chats / "x.zarr"))[0]
+    parts = {
+        name: value[:1].repeat(500, *[1] * (value.dim() - 1)) for name, value in sample.items() if name != "sample"
+    }
+    parts["loss_mask"] = torch.arange(500) >= 450
+    parts["tokens"] = torch.arange(500) % 250
+    page = Page(make_tokenizer(chat=True), "topk")
+    page.tokens(
+        Look(1, 500, np.array([500]), np.ones(1), np.ones(1), np.zeros((0, 4)), {"random": [{"sample": 7, **parts}]})
+    )
+    page.save("x", tmp_path / "x.html")
+    data = content(tmp_path / "x.html")
+    (tokens,) = data["samples"]
+    words = Words(make_tokenizer(chat=True))
+    assert [data["words"][token[4]] for token in tokens] == [
+        words.words[words.number(i % 250)] for i in range(100, 500)
+    ]
+    assert [token[2] for token in tokens] == [int(i <= 450) for i in range(100, 500)]
+
+
 def test_figures_over_rows(chats: Path) -> None:
     found = look(TeacherCache(str(chats / "x.zarr")))
     used = ~np.isnan(open_raw(chats / "x.zarr", "tail_logprob")[:, 0].astype(float))
@@ -137,7 +160,6 @@ def test_old_and_sampled_stores(sampled_store: Path, sharp_model: Path, tmp_path
     sample = {name: values for name, values in cache[0].items() if name != "next_logprob"}
     assert len(by_position([(np.zeros(0, np.int64), np.zeros(0))])) == 0
     from distill.page.html import Page
-    from distill.page.look import Look
 
     page = Page(None, "sample")
     nothing = np.zeros((0, 4))
@@ -196,6 +218,9 @@ def test_students(
     assert shown[0] == pytest.approx(largest, abs=0.006)
     assert shown == sorted(shown, reverse=True)
     assert all(len(expected) == 5 for expected, _ in data["bars"])
+    shutil.copytree(student, chats / "demo")  # a name that means the demo's teacher elsewhere
+    assert main(["x.zarr", "demo", "-o", "demo.html"]) == 0
+    assert content(chats / "demo.html")["bars"] == data["bars"]
 
 
 @pytest.fixture(scope="module")

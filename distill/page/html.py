@@ -7,6 +7,7 @@ lets no script run but its own, and no request out.
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +22,7 @@ from distill.reading.samples import Sample
 from distill.student.metrics import SHOWN
 
 _HERE = Path(__file__).parent
+_BEFORE = 40  # tokens
 _BETTER_LARGE = {"top1_agreement"}
 _NEITHER = {"entropy", "log_ratio"}
 
@@ -68,8 +70,8 @@ class Page:
             for sample in samples:
                 nll = surprise(sample)[1]
                 mean = f", {nll.mean():.2f} nats a token" if len(nll) else ""
-                length = len(sample["tokens"])
-                cut = f", the first {MOST_SHOWN} of" if length > MOST_SHOWN else ","
+                length, first = len(sample["tokens"]), _first_shown(sample)
+                cut = f", {MOST_SHOWN} from token {first:,} on of" if length > MOST_SHOWN else ","
                 parts.append(
                     f"<h3>{kind}: sample {sample['sample']}{cut} {length:,} tokens{mean}</h3>"
                     f'<div class="card tokens" dir=auto role=group aria-label="sample {sample["sample"]}, token by '
@@ -136,16 +138,19 @@ class Page:
 
     def _tokens_of(self, sample: Sample) -> list[Any]:
         """Of each token: its text, the teacher's -log p, 1 if it is not trained on, what was expected, its word."""
-        tokens = sample["tokens"][:MOST_SHOWN].tolist()
-        logprobs = sample["next_logprob"].tolist() if "next_logprob" in sample else [float("nan")] * len(tokens)
+        first = _first_shown(sample)
+        tokens = sample["tokens"][: first + MOST_SHOWN].tolist()
+        logprobs = sample["next_logprob"].tolist() if "next_logprob" in sample else [math.nan] * len(tokens)
         trained = sample["loss_mask"].tolist() if "loss_mask" in sample else [True] * len(tokens)
         found: list[Any] = []
         for i, (token, text) in enumerate(zip(tokens, pieces(self._tokenizer, tokens), strict=True)):
+            if i < first:
+                continue
             own = self._words.number(token)
             if i == 0:
                 found.append([text, None, 1, None, own])
                 continue
-            loss = None if logprobs[i - 1] != logprobs[i - 1] else round(max(0.0, min(-logprobs[i - 1], 1e4)), 4)
+            loss = None if math.isnan(logprobs[i - 1]) else round(max(0.0, min(-logprobs[i - 1], 1e4)), 4)
             found.append([text, loss, 0 if trained[i - 1] else 1, self._expected(expected(sample, i - 1)), own])
         return found
 
@@ -163,6 +168,13 @@ class Page:
             parts.append(f"<div><span class=said-by>{escape(who)}</span><div data-bars={len(self._bars)}></div></div>")
             self._bars.append([self._expected(pairs), own])
         return "".join(parts) + "</div></div>"
+
+
+def _first_shown(sample: Sample) -> int:
+    """The first token that is shown: of a chat with a long prompt, one shortly before what is learned from."""
+    length = len(sample["tokens"])
+    rows = sample["loss_mask"].nonzero() if "loss_mask" in sample and length > MOST_SHOWN else []
+    return max(0, min(int(rows[0]) - _BEFORE, length - MOST_SHOWN)) if len(rows) else 0
 
 
 def _figures(plots: Mapping[str, str]) -> str:

@@ -58,7 +58,8 @@ function view(place, tokens) {
   for (const token of tokens) {
     const [text, loss, off] = token;
     const span = part("span", "t" + (off ? " off" : "") + (text ? "" : " part"));
-    span.textContent = text === "" ? "·" : /^\n+$/.test(text) ? "⏎".repeat(text.length) + text : text;
+    const seen = text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "�");  // they would reorder what is read
+    span.textContent = seen === "" ? "·" : /^\n+$/.test(seen) ? "⏎".repeat(seen.length) + seen : seen;
     if (loss !== null && !off) span.style.setProperty("--s", Math.min(1, loss / 8).toFixed(2));
     span.token = token;
     span.tabIndex = place.children.length ? -1 : 0;

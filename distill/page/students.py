@@ -91,12 +91,18 @@ def read_student(folder: Path, cache: TeacherCache) -> Student:
 
 
 def watch(
-    students: Sequence[Student], cache: TeacherCache, with_teacher: bool, heard: Callable[[str], object] = str
+    students: Sequence[Student],
+    cache: TeacherCache,
+    with_teacher: bool,
+    teacher: str | None = None,
+    trusted: bool = False,
+    heard: Callable[[str], object] = str,
 ) -> Seen:
     """Run the students, before and after their training, on a few held-out samples; fill in what they say.
 
-    with_teacher: the teacher continues the same beginnings; it is loaded in float32. heard: called before each model
-    with what is done. All run on the GPU if there is one.
+    with_teacher: the teacher continues the same beginnings; it is loaded in float32. teacher: where it is now, if not
+    where it was. trusted: code that comes with a model may run. heard: called before each model with what is done. All
+    run on the GPU if there is one.
     Raises ConfigError where a student, or the teacher, cannot be loaded.
     """
     first = students[0].config
@@ -115,24 +121,26 @@ def watch(
     )
     before: dict[tuple[StudentConfig, int], list[list[int]]] = {}
     for student in students:
-        config, kind = student.config, (student.config.student, student.config.seed)
+        config = student.config
+        start = replace(config.student, trust_remote_code=trusted)  # a folder that was passed on runs nothing
+        kind = (start, config.seed)
         if kind not in before:
             heard(f"{student.name}, before its training")
             try:
-                model = student_model.build(config.student, _source(config.student, cache), config.seed)
+                model = student_model.build(start, _source(start, cache), config.seed)
                 before[kind] = _continued(model, seen.beginnings)
             except ConfigError as error:  # it may be elsewhere by now
                 seen.notes.append(f"{student.name} before its training cannot be shown: {error}")
                 before[kind] = []
         student.said["before"] = before[kind]
         heard(student.name)
-        own = StudentConfig(model=str(student.folder), trust_remote_code=config.student.trust_remote_code)
+        own = StudentConfig(model=str(student.folder.absolute()), trust_remote_code=trusted)  # demo is a word, too
         model = student_model.build(own, _source(own, cache), config.seed)
         student.said["after"] = _continued(model, seen.beginnings)
         student.differences = differences(model, samples, cache.temperatures)
     if with_teacher:
         heard("the teacher")
-        settings = replace(StudentConfig(), trust_remote_code=first.student.trust_remote_code)
+        settings = StudentConfig(model=teacher or "teacher", trust_remote_code=trusted)
         seen.teacher = _continued(student_model.build(settings, _source(settings, cache), 0), seen.beginnings)
     return seen
 

@@ -59,4 +59,6 @@ class Words:
             return f"#{token}"
         if "�" in text:  # a part of a character
             return f"{self._tokenizer.convert_ids_to_tokens(token)} (bytes)"
+        if not text.startswith(" ") and str(self._tokenizer.convert_ids_to_tokens(token)).startswith("▁"):
+            text = f" {text}"  # SentencePiece's: a single token is decoded as the first of a text
         return "".join(_VISIBLE.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
