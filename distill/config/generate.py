@@ -106,7 +106,9 @@ def is_web(path: str, options: Mapping[str, Any]) -> bool:
 class CacheConfig:
     """Which store is read."""
 
-    path: str = key("outputs/demo.zarr", "folder, bucket (s3://bucket/name) or web address (https://...)", path=True)
+    path: str = key(
+        "outputs/demo.zarr", "folder, bucket (s3://bucket/name) or, to be read, web address (https://...)", path=True
+    )
     options: dict[str, str | dict[str, Any]] = key(
         {}, "options of the object store (needs the extra distill[s3]); credentials in YAML files only", secret=True
     )

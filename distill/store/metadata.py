@@ -214,10 +214,6 @@ class DamageError(StoreError):
 
 def damage(path: str, what: str) -> DamageError:
     """The error for the store at `path`, in which `what` is damaged."""
-    to_do = f"python -m distill.verify {path} names all damage"
-    to_do += (
-        "; what is on a web server is repaired where it came from"
-        if is_web(path, {})
-        else ", and --repair takes it back"
-    )
+    where = " where it can be written" if is_web(path, {}) else ""
+    to_do = f"python -m distill.verify {path} names all damage, and --repair takes it back{where}"
     return DamageError(f"{path}: damaged: {what}; {to_do}", what)

@@ -24,7 +24,7 @@ _OF_PAGES = "/tree/", "/blob/"
 def check_address(path: str) -> None:
     """Raise StoreError for a URL with parts that would not reach the server, or that are written where all can see."""
     parts = urlsplit(path)
-    shown = f"{parts.scheme}://{parts.hostname}{parts.path}"
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if parts.query or parts.fragment:
         raise StoreError(
             f"store.path: expected a web address without ? and #, found one after {shown}; what gives access goes into "

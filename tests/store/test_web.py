@@ -141,7 +141,10 @@ def test_a_file_that_is_not_there_is_never_data(absent: int, mine: Path) -> None
             return
         cache = TeacherCache(url)
         kind, words = {
-            404: (StoreError, "damaged: target_ids of block 1 does not match its checksums; .* repaired where it came"),
+            404: (
+                StoreError,
+                "damaged: target_ids of block 1 does not match its checksums; .* it back where it can be written",
+            ),
             403: (StorageError, f"^store: cannot read target_ids/c/1/0 in {url}: access denied"),
         }[absent]
         with pytest.raises(kind, match=words):
