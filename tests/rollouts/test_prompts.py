@@ -9,6 +9,7 @@ from distill.errors import UserError
 from distill.rollouts.prompts import Prompts
 from tests.data.support import run as samples_of
 from tests.rollouts.support import read, write
+from tests.store.webserver import WebServer, serving
 from tests.support import generate_here, make_tokenizer, open_raw, save_model
 
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -112,6 +113,11 @@ def test_prompts_of_a_store(student: Path, plain: Path, tmp_path: Path) -> None:
     assert texts(found) == [expected[i] for i in number]
     assert found.numbers.tolist() == [0, 1, 2, 3]
     assert len(read(student, f"prompts.path={store}", "prompts.max_samples=2")) == 2
+    with serving(WebServer(tmp_path)) as server:
+        from_web = read(student, f"prompts.path={server.url}/x.zarr")
+        with pytest.raises(UserError, match=r"^prompts\.path: found no store at http"):
+            read(student, f"prompts.path={server.url}/z.zarr")
+    assert all((vars(from_web)[name] == values).all() for name, values in vars(found).items())
     short = read(student, f"prompts.path={store}", "prompts.max_length=4")
     assert texts(short) == [expected[i] for i in number if len(expected[i]) <= len("<s>abc")]
     unmasked = generate_here(

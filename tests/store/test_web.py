@@ -157,6 +157,13 @@ def test_a_file_that_is_not_there_is_never_data(absent: int, mine: Path) -> None
         torch.testing.assert_close(cache[0], TeacherCache(str(mine / "x.zarr"))[0], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_proxy_of_the_environment_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(WebServer(folder)) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        equal(TeacherCache("http://store.invalid/a%20b/../x.zarr"), folder)
+        assert all(path.startswith("http://store.invalid/x.zarr/") for _, path, _ in proxy.asked)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "nothing": ("/y.zarr", {}, "store.path: found no store at {}"),
     "a page": ("/tree/main/x.zarr", {"absent": 200},

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 CUT = 0
 PAGE = b"<!DOCTYPE html><html><body>Nothing is here, or everything is.</body></html>"
@@ -47,7 +48,7 @@ class WebServer:
             return 401, {}, PAGE
         if method != "GET":
             return 405, {}, PAGE
-        name = path.partition("?")[0]
+        name = urlsplit(path).path  # a proxy is asked for a whole URL
         if self.to:
             return 302, {"Location": f"{self.to}{name}?sig=SIGNATURE"}, b""
         file = self.folder / name.lstrip("/")
