@@ -23,6 +23,8 @@ _CAUSES = {
     "dns error": "the name of its host is not known",
     "Connection refused": "connection refused",
     "following redirect": "its redirects do not end",
+    "Content-Range header": "it does not say which part of a file it sends (Content-Range)",
+    "CONTENT_RANGE header": "it does not say which part of a file it sends (Content-Range)",
     "Content-Length Header missing": "it does not say how long a file is (Content-Length)",
     "TimedOut": "no answer in time",
     "Timeout": "no answer in time",
@@ -53,7 +55,8 @@ def is_transient(error: Exception) -> bool:
         return number in _LATER or number >= 500 or _tag(text, "Code") in _LATER_CODES
     if found := re.search(r"os error (\d+)", text.partition("Debug source")[0]):
         return int(found[1]) in _TRANSIENT
-    return "HTTP error" in text and not any(cause in text for cause in _LASTING_CAUSES)
+    lost = re.search("(?<!Generic )HTTP error", text) is not None  # not the name of the store of web servers
+    return lost and not any(cause in text for cause in _LASTING_CAUSES)
 
 
 def in_words(error: Exception) -> str:

@@ -31,6 +31,13 @@ def from_obstore(said: str, source: str = "", kind: str = "GenericError") -> Exc
     return error
 
 
+def plain(said: str) -> Exception:
+    from obstore.exceptions import GenericError
+
+    error: Exception = GenericError(said)
+    return error
+
+
 def of(number: int) -> OSError:
     return OSError(number, os.strerror(number), "file")
 
@@ -61,6 +68,14 @@ FAILURES: dict[str, tuple[Exception, bool, str]] = {
                 "The token has expired (ExpiredToken)"),
     "wrong key": (from_obstore("Server returned non-2xx status code: 403 Forbidden: ", kind="PermissionDeniedError"),
                   False, "access denied; are the credentials right? (403 Forbidden)"),
+    "no length": (plain("Generic HTTP error: Content-Length Header missing from response"), False,
+                  "it does not say how long a file is (Content-Length)"),
+    "no part": (plain("Generic HTTP error: Content-Range header not present in partial response"),
+                False, "it does not say which part of a file it sends (Content-Range)"),
+    "another part": (plain("Generic HTTP error: Requested 90..95, got 0..5"), False,
+                     "Generic HTTP error: Requested 90..95, got 0..5"),
+    "lost on the web": (plain(f"Generic HTTP error: Error performing GET http://h/x - {SENT}"), True,
+                        "the connection was lost"),
     "full folder": (from_obstore("cannot write: No space left on device (os error 28)"), False,
                     "No space left on device"),
 }  # fmt: skip
