@@ -45,7 +45,7 @@ def broken_rules(rows: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
             "target_logprobs: a log-probability is above 0, or no number": ~(logprobs <= 0),
             "target_logprobs: not in descending order": ~(logprobs[:, 1:] <= logprobs[:, :-1]),
             "tail_logprob: a log-probability is above 0, or no number": ~(tail <= 0),
-            "logsumexp: not finite": ~np.isfinite(rows["logsumexp"]) & ("logsumexp" not in unknown),
+            "logsumexp: not finite": said[:, None] & ~np.isfinite(rows["logsumexp"]) & ("logsumexp" not in unknown),
             "target_logprobs and tail_logprob: the probabilities do not add up to 1": said
             & ~(np.abs(np.exp(whole).sum(axis=1) - 1) <= slack),
         }

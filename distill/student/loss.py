@@ -120,7 +120,7 @@ class DistillationLoss:
         if "tail_logprob" in self.reads and self.tail != "renormalize" and "tail_logprob" not in there:
             raise ConfigError(
                 f"loss: expected divergence forward_kl and tail renormalize with {where}, which does not say how "
-                f"likely all other ids are than those of a row, found {self.divergence} and {self.tail}"
+                f"likely the ids are that a row does not name, found {self.divergence} and {self.tail}"
             )
         if "logsumexp" in self.reads and self._rescales and "logsumexp" not in there:
             raise ConfigError(
