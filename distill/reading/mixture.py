@@ -51,8 +51,8 @@ class Mixture(TeacherCache):
         for cache, count in sorted(zip(caches, self._counts, strict=True), key=lambda pair: len(pair[0])):
             if shares is not None and not count:
                 raise ConfigError(
-                    f"weights: expected a sample of every cache in an epoch, found none of the {len(cache):,} of "
-                    f"{cache.path} in one of {sum(self._counts):,}"
+                    f"weights: expected a sample of every store in an epoch, found none of the {len(cache):,} of "
+                    f"{cache.path} in an epoch of {sum(self._counts):,}"
                 )
         self.attributes = _in_common(caches)
         # Shared, so that DataLoader workers that live for several epochs see what set_epoch says.
@@ -221,6 +221,7 @@ class Mixture(TeacherCache):
 
 def mix(caches: Sequence[TeacherCache], weights: Sequence[float] | None, seed: int) -> TeacherCache:
     """See TeacherCache.mix."""
+    caches = list(caches)
     for cache in caches:
         if not isinstance(cache, TeacherCache) or isinstance(cache, Mixture):
             raise ConfigError(f"expected caches of single stores to mix, found a {type(cache).__name__}")

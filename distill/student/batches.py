@@ -20,7 +20,12 @@ def open_caches(config: TrainConfig) -> TeacherCache:
     """What ``store`` names: a store, or several of them as one. Raises ConfigError and StoreError as both do."""
     store = config.store
     paths = [store.path] if isinstance(store.path, str) else store.path
-    return TeacherCache.mix([TeacherCache(path, store.options) for path in paths], store.weights, config.seed)
+    caches = [TeacherCache(path, store.options) for path in paths]
+    try:
+        return TeacherCache.mix(caches, store.weights, config.seed)
+    except ConfigError as error:
+        key = "store." if str(error).startswith("weights: ") else "store.path: "
+        raise ConfigError(f"{key}{error}") from error
 
 
 def split(cache: TeacherCache, config: TrainConfig) -> tuple[TeacherCache, TeacherCache]:

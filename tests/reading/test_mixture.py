@@ -345,9 +345,9 @@ def test_what_is_refused(caches: list[TeacherCache], small_store: Path, tmp_path
             TeacherCache.mix(caches, weights)
     with pytest.raises(ConfigError, match=rf"^weights: expected a number > 0 for each of {small}, found \[1, 2\]"):
         TeacherCache.mix(caches[:1], [1, 2])
-    with pytest.raises(ConfigError, match=rf"found none of the 110 of {sampled} in one of 70$"):
+    with pytest.raises(ConfigError, match=rf"found none of the 110 of {sampled} in an epoch of 70$"):
         TeacherCache.mix(caches, [1, 0.001])
-    with pytest.raises(ConfigError, match=rf"found none of the 0 of {sampled} in one of 0$"):
+    with pytest.raises(ConfigError, match=rf"found none of the 0 of {sampled} in an epoch of 0$"):
         TeacherCache.mix([caches[0], caches[1][:0]], [1, 1])
     assert len(TeacherCache.mix([caches[0], caches[1][:0]])) == 70
     with pytest.raises(ConfigError, match="expected caches to mix, found none"):

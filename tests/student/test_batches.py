@@ -16,10 +16,18 @@ import pytest
 import torch
 
 from distill import TeacherCache
-from distill.config.train import OptimizerConfig, StoresConfig, TrainBatchConfig, TrainConfig
-from distill.errors import ReaderError, StorageError
+from distill.config.train import (
+    EvaluationConfig,
+    OptimizerConfig,
+    StoresConfig,
+    StudentConfig,
+    TrainBatchConfig,
+    TrainConfig,
+)
+from distill.errors import ConfigError, ReaderError, StorageError
 from distill.run.grid import Grid
-from distill.student.batches import StepBatches, open_caches
+from distill.student.batches import StepBatches, open_caches, split
+from distill.student.model import find
 from tests.processes import children
 from tests.support import environment
 
@@ -77,6 +85,55 @@ def test_a_reader_that_is_gone_is_told_at_once(number: int, told: str, small_sto
     with pytest.raises(ReaderError, match=rf"a reader \(process {reader}\) {told}"):
         list(steps)
     assert time.monotonic() - killed < 4
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_a_mixture_goes_on_from_every_step(readers: int, small_store: Path, sampled_store: Path) -> None:
+    """Three epochs, of other samples each, in steps of three micro-batches, as the second of two workers."""
+    caches = [TeacherCache(str(small_store))[:40], TeacherCache(str(sampled_store))[:70]]
+    batch = TrainBatchConfig(readers=readers, samples=4, accumulate=3, window_blocks=2)
+    config = TrainConfig(batch=batch, optimizer=OptimizerConfig(epochs=3))
+
+    def steps(first: int) -> list[Any]:
+        """As a new process has them."""
+        batches = StepBatches(TeacherCache.mix(caches, [2.0, 1.0]), config, Grid(rank=1, world_size=2))
+        assert batches.total_steps == 9
+        return list(batches.read(first, CPU))
+
+    def equal(one: Any, other: Any) -> bool:
+        names = one.keys() == other.keys()
+        return names and all(one[name].nan_to_num().equal(other[name].nan_to_num()) for name in one)
+
+    whole = steps(0)
+    assert len({str(sorted(b["sample"].tolist() for b in step)) for step in whole}) == 9
+    for first in range(1, 10) if readers == 0 else (2, 4):
+        found = steps(first)
+        assert [len(step) for step in found] == [len(step) for step in whole[first:]]
+        for step, expected in zip(found, whole[first:], strict=True):
+            assert all(equal(one, other) for one, other in zip(step, expected, strict=True))
+
+
+def test_a_list_of_one_store_is_that_store(small_store: Path, sampled_store: Path) -> None:
+    one, listed, weighed, two = (
+        open_caches(TrainConfig(store=StoresConfig(path, weights)))
+        for path, weights in (
+            (str(small_store), None), ([str(small_store)], None), ([str(small_store)], [0.3]),
+            ([str(small_store), str(sampled_store)], [3.0, 1.0]),
+        )
+    )  # fmt: skip
+    assert type(one) is type(listed) is type(weighed) is TeacherCache
+    assert one.identity == listed.identity == weighed.identity == {"store": one.attributes["fingerprint"]}
+    assert two.per_epoch == [1177, 392]
+    with pytest.raises(ConfigError, match=r"^store\.weights: expected a number > 0 for each of"):
+        open_caches(TrainConfig(store=StoresConfig([str(small_store), str(sampled_store)], [1.0])))
+    with pytest.raises(ConfigError, match=r"^store\.path: expected different stores to mix"):
+        open_caches(TrainConfig(store=StoresConfig([str(small_store)] * 2)))
+    with pytest.raises(
+        ConfigError, match=r"^student\.model: expected a folder or an id, since the stores' teachers are"
+    ):
+        find(StudentConfig(), *(part.attributes["teacher"] for part in two.parts))
+    with pytest.raises(ConfigError, match=r"^evaluation\.samples: expected to leave some of the 1,177 samples of "):
+        split(two, TrainConfig(evaluation=EvaluationConfig(samples=4000)))
 
 
 _READ = """
