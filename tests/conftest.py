@@ -87,10 +87,11 @@ def sampled_store(texts: Callable[[int], Path], sharp_model: Path, tmp_path_fact
 def other_teacher(
     texts: Callable[[int], Path], model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A store of the texts of `sampled_store`, of another teacher, in other blocks: top-4."""
+    """A store of some texts of `sampled_store`, of another teacher, in other blocks: top-4."""
     folder = tmp_path_factory.mktemp("other")
     arguments = [f"teacher.model={model_folder('llama')}", f"dataset.path={texts(120)}", "dataset.max_length=64"]
     arguments += ["capture.method=topk", "capture.k=4", "capture.temperatures=[2.0,1.0]", "store.block_rows=256"]
+    arguments += ["dataset.max_samples=40"]
     return generate_here(folder, *arguments, f"store.path={folder / 'y.zarr'}")
 
 
