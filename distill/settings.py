@@ -163,7 +163,7 @@ def help_text(kind: type, command: str) -> str:
     lines = [
         f"usage: {command} [CONFIG.yaml ...] [key=value ...]",
         "",
-        "key=value wins over YAML, later over earlier. Without arguments the demo runs. Keys and their defaults:",
+        "key=value wins over YAML, later over earlier. Keys, and what they are where nothing is said:",
         "",
     ]
     for name, leaf in _leaves(kind):

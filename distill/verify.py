@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distill.config.generate import GenerateConfig
+from distill.config.generate import GenerateConfig, is_web
 from distill.errors import ConfigError, DistillError, UserError
 from distill.run.log import adapt_to_machine
 from distill.settings import expand, load, split
@@ -93,7 +93,7 @@ def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:
         print(f"{path}: restored {', '.join(problem.where for problem in problems)}")
     store = Store.open(path, options)
     if store is None or not store.published:
-        print(f"{path}: nothing is there yet: its plan was interrupted; run distill.generate again")
+        print(f"{path}: nothing is there yet: its plan was interrupted; give the command that makes it again")
         return 1
     problems = plan_problems(store)
     table_is_sound = not any(problem.where.startswith("sample") for problem in problems)
@@ -115,15 +115,18 @@ def verify(path: str, options: Mapping[str, Any], repair: bool) -> int:
         if any(not problem.hopeless for problem in problems):
             take_back(path, options, problems)
             blocks, chunks = len({p.block for p in problems} - {None}), sum(len(p.keys) for p in problems)
-            print(f"{path}: took back {blocks} blocks and {chunks} chunks of the plan; run distill.generate again")
+            print(f"{path}: took back {blocks} blocks and {chunks} chunks of the plan; run {store.command} again")
         hopeless = [problem for problem in problems if problem.hopeless]
         return _report(path, hopeless, "this cannot be repaired") if hopeless else 1
     if problems:
-        return _report(path, problems, f"{state}; --repair takes back what is damaged, generate makes it again")
+        mend = f"--repair takes back what is damaged, {store.command} makes it again"
+        if is_web(path, options):
+            mend = "it can be repaired where it is kept"
+        return _report(path, problems, f"{state}; {mend}")
     if repair and not len(missing) and not store.complete:  # its zarr.json was restored
         WritableStore.existing(path, options).mark_complete()
     elif not store.complete:
-        print(f"{path}: sound, but unfinished: {state}; run distill.generate again to its end")
+        print(f"{path}: sound, but unfinished: {state}; run {store.command} again to its end")
         return 1
     tokens = store.attributes["num_tokens"]
     print(f"{path}: complete and sound: {state}, {tokens:,} tokens; every checksum and every rule holds")

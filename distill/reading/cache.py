@@ -56,7 +56,7 @@ class TeacherCache(Dataset[Sample]):
             if not allow_unfinished:
                 there = f"{committed.sum()} of {len(committed)} blocks are there"
                 raise StoreError(
-                    f"{path} is unfinished ({there}): run distill.generate again to its end, or open it with "
+                    f"{path} is unfinished ({there}): run {store.command} again to its end, or open it with "
                     "allow_unfinished=True"
                 )
             starts = store.read_chunks("sample_start")

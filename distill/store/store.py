@@ -112,6 +112,11 @@ class Store:
         return [name for name in CAPTURED if name in self._arrays]
 
     @property
+    def command(self) -> str:
+        """The command that writes it: given again, it goes on."""
+        return "distill.ingest" if "captured" in self.attributes else "distill.generate"
+
+    @property
     def unknown(self) -> frozenset[str]:
         """The names of the arrays that do not say in every row what the teacher said: whoever captured it did not."""
         return frozenset(self.attributes.get("unknown", ()))

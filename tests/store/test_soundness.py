@@ -244,7 +244,7 @@ def test_what_cannot_be_repaired_is_said(tmp_path: Path, capsys: pytest.CaptureF
         assert main(arguments) == 2
     WritableStore.create(str(tmp_path / "begun"), {}, ATTRIBUTES, planned=["tokens"], codec="portable")
     assert main([str(tmp_path / "begun")]) == 1
-    assert "its plan was interrupted; run distill.generate again" in capsys.readouterr().out
+    assert "its plan was interrupted; give the command that makes it again" in capsys.readouterr().out
     for arguments, message in (([], "expected one store, found 0"), ([str(tmp_path / "nothing")], "found no store at")):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
