@@ -219,8 +219,10 @@ def test_students(
     assert shown == sorted(shown, reverse=True)
     assert all(len(expected) == 5 for expected, _ in data["bars"])
     shutil.copytree(student, chats / "demo")  # a name that means the demo's teacher elsewhere
-    assert main(["x.zarr", "demo", "-o", "demo.html"]) == 0
-    assert content(chats / "demo.html")["bars"] == data["bars"]
+    assert main(["x.zarr", "student", "demo", "-o", "demo.html"]) == 0
+    assert content(chats / "demo.html")["bars"] == data["bars"] * 2
+    text = (chats / "demo.html").read_text()
+    assert text.count("<dt>student</dt>") == text.count("<dt>demo</dt>") == text.count("<dt>before</dt>") == 2
 
 
 @pytest.fixture(scope="module")

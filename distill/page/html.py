@@ -88,13 +88,13 @@ class Page:
         parts.append(f"<h3>What they say</h3><p class=note>Beginnings of {origin} continued greedily.</p>")
         for i, (beginning, text) in enumerate(zip(seen.beginnings, seen.texts, strict=True)):
             rows = [("the text itself", text)]
-            told: dict[str, list[int]] = {}
-            for one in students:
-                for when, said in one.said.items():
-                    name = "before" if when == "before" else one.name
-                    if i < len(said) and said[i] not in told.values():
-                        told[name if name not in told else f"{one.name}, before"] = said[i]
-            rows += [*told.items(), *([("the teacher", seen.teacher[i])] if seen.teacher else [])]
+            before = [(one.name, one.said["before"][i]) for one in students if one.said["before"]]
+            alike = all(said == before[0][1] for _, said in before)
+            rows += (
+                [("before", before[0][1])] if before and alike else [(f"{name}, before", said) for name, said in before]
+            )
+            rows += [(one.name, one.said["after"][i]) for one in students]
+            rows += [("the teacher", seen.teacher[i])] if seen.teacher else []
             parts.append(
                 f"<div class=card><div class='text beginning' dir=auto>{escape(self._text(beginning))}</div>"
                 f"<dl class=said>"
