@@ -52,12 +52,19 @@ def report(arguments: Sequence[str]) -> None:
 
     Raises DistillError as its parts do: for what is not a store, or not a training run of it; where files fail.
     """
-    settings, others = split(arguments, "store.options", *_OF_TEACHERS)
-    paths, file = _places(others)
+    rest, file = _output(arguments)
+    settings, others = split(rest, "store.options", *_OF_TEACHERS)
+    if strange := [one for one in others if one.startswith("-") and one != "--teacher"]:
+        raise ConfigError(f"unknown option {strange[0]}; {_USAGE}")
+    paths = [expand(one, "STORE") for one in others if one != "--teacher"]
+    if not paths:
+        raise ConfigError(f"expected a store, found none; {_USAGE}")
     store_path, folders = paths[0], [Path(path) for path in paths[1:]]
-    with_teacher = "--teacher" in others
+    with_teacher, config = "--teacher" in others, load(GenerateConfig, settings)
     if with_teacher and not folders:
         raise ConfigError(f"--teacher: expected the folders of students, whose beginnings it continues; {_USAGE}")
+    if config.teacher.model != GenerateConfig().teacher.model and not with_teacher:
+        raise ConfigError(f"teacher.model: expected --teacher with it, found none; {_USAGE}")
     if twice := {folder.name for folder in folders if [one.name for one in folders].count(folder.name) > 1}:
         raise ConfigError(f"expected students' folders of different names, found {min(twice)} twice")
     # Imported here: they take seconds, which --help should not.
@@ -71,7 +78,6 @@ def report(arguments: Sequence[str]) -> None:
     from distill.teacher.summary import description, human
 
     figures.check_installed()
-    config = load(GenerateConfig, settings)
     options = config.store.options
     moved = None if config.teacher.model == GenerateConfig().teacher.model else config.teacher.model
     cache = TeacherCache(store_path, options)
@@ -93,31 +99,28 @@ def report(arguments: Sequence[str]) -> None:
     print(f"report  {file} ({human(file.stat().st_size)}), for any browser")
 
 
-def _places(others: Sequence[str]) -> tuple[list[str], Path]:
-    """The paths that are named, and the file to write. Raises ConfigError for other options."""
-    paths: list[str] = []
-    file, rest = "report.html", [one for one in others if one != "--teacher"]
-    while rest:
-        word = rest.pop(0)
-        if word == "-o":
-            if not rest:
-                raise ConfigError(f"-o: expected a file to write, found nothing; {_USAGE}")
-            file = rest.pop(0)
-        elif word.startswith("-"):
-            raise ConfigError(f"unknown option {word}; {_USAGE}")
-        else:
-            paths.append(expand(word, "STORE"))
-    if not paths:
-        raise ConfigError(f"expected a store, found none; {_USAGE}")
-    return paths, Path(expand(file, "-o"))
+def _output(arguments: Sequence[str]) -> tuple[list[str], Path]:
+    """The other arguments, and the file to write. Raises ConfigError where none follows -o."""
+    rest = list(arguments)
+    if "-o" not in rest:
+        return rest, Path("report.html")
+    at = rest.index("-o")
+    if at + 1 == len(rest):
+        raise ConfigError(f"-o: expected a file to write, found nothing; {_USAGE}")
+    return [*rest[:at], *rest[at + 2 :]], Path(expand(rest[at + 1], "-o"))
 
 
 def _check_writable(file: Path) -> None:
     """Raise ConfigError where `file` could not be written, before minutes are spent on it."""
     at = file.absolute().parent
-    while not at.exists():
-        at = at.parent
-    if file.is_dir() or not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+    try:
+        while not at.exists():
+            at = at.parent
+        other = file.is_symlink() or (file.exists() and not file.is_file())  # it is written anew, and put in its place
+        possible = not other and at.is_dir() and os.access(at, os.W_OK | os.X_OK)
+    except OSError:  # too long a name
+        possible = False
+    if not possible:
         raise ConfigError(f"-o: expected a file that can be written, found {file}")
 
 

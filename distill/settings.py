@@ -86,7 +86,8 @@ def split(arguments: Sequence[str], *keys: str) -> tuple[list[str], list[str]]:
     settings = [
         argument
         for argument in arguments
-        if argument.startswith(keys) or (argument.endswith((".yaml", ".yml")) and "://" not in argument)
+        if argument.startswith(keys)
+        or (argument.endswith((".yaml", ".yml")) and "://" not in argument and not Path(argument).is_dir())
     ]
     return settings, [argument for argument in arguments if argument not in settings]
 

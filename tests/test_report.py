@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from distill import TeacherCache
+from distill.page.figures import of_store, of_students
 from distill.page.look import Look, by_position, look
 from distill.page.words import Words, pieces
 from distill.report import main
@@ -132,7 +133,7 @@ def test_figures_over_rows(chats: Path) -> None:
     found = look(TeacherCache(str(chats / "x.zarr")))
     used = ~np.isnan(open_raw(chats / "x.zarr", "tail_logprob")[:, 0].astype(float))
     p = np.exp(open_raw(chats / "x.zarr", "target_logprobs")[used].astype(float))
-    assert found.num_rows == used.sum()
+    assert found.num_tokens == used.sum() == len(found.entropy)
     assert found.mass == pytest.approx(p.cumsum(axis=1).mean(axis=0), abs=1e-6)
     mask = open_raw(chats / "x.zarr", "loss_mask")
     nll = -open_raw(chats / "x.zarr", "next_logprob")[mask].astype(float)
@@ -145,6 +146,36 @@ def test_figures_over_rows(chats: Path) -> None:
     assert min(means["most surprising"]) >= max(means["typical"] + means["random"])
     rows = by_position([(np.array([1, 1, 30]), np.array([1.0, 3.0, 5.0]))])
     assert rows.tolist() == [[0, 2, 2, 1], [30, 1, 5, 0]]
+
+
+@pytest.mark.parametrize("has_tail", [True, False])
+def test_rows_of_which_nothing_is_said_count_for_nothing(has_tail: bool, chats: Path) -> None:
+    """As what others captured has them: rows without ids, and perhaps no tail anywhere."""
+
+    class Captured:
+        attributes, temperatures, lengths = {"k": 8}, [1.0], [40]
+        plain = TeacherCache(str(chats / "x.zarr"))[0]
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, _: int) -> Any:
+            sample = {name: value.clone() if name != "sample" else value for name, value in self.plain.items()}
+            sample["target_ids"][:7], sample["target_logprobs"][:7] = -1, torch.nan
+            sample["tail_logprob"][:7] = torch.nan
+            return sample if has_tail else {name: value for name, value in sample.items() if name != "tail_logprob"}
+
+    cache: Any = Captured()
+    found, p = look(cache), cache.plain["target_logprobs"][7:].exp()
+    plots = of_store(found, "topk")
+    if has_tail:
+        assert found.mass == pytest.approx(p.cumsum(dim=1).mean(dim=0).numpy(), abs=1e-6)
+        assert np.isfinite(found.entropy).all()
+        assert len(found.entropy) == len(p)
+        assert f"({float(p.sum(dim=1).mean()):.2f})" in "".join(plots)
+    else:
+        assert len(plots) == 2  # lengths, and the loss by position
+    assert "nan" not in "".join(plots)
 
 
 def test_old_and_sampled_stores(sampled_store: Path, sharp_model: Path, tmp_path: Path) -> None:
@@ -307,6 +338,9 @@ def test_mistakes_are_one_line(chats: Path, student: Path, capsys: pytest.Captur
     shutil.copytree(student, unfinished, dirs_exist_ok=True)
     (unfinished / "tokenizer_config.json").unlink()
     (chats / "file").write_text("")
+    (chats / "link.html").symlink_to(chats / "file")
+    odd = chats / "odd.yaml"
+    odd.symlink_to(chats / "x.zarr")
     strange = chats / "strange.zarr"
     shutil.copytree(chats / "x.zarr", strange)
     reseal(strange, tokenizer=TeacherCache(store).attributes["tokenizer"] | {"vocab_digest": "0" * 16})
@@ -321,12 +355,25 @@ def test_mistakes_are_one_line(chats: Path, student: Path, capsys: pytest.Captur
         ([store, "--what"], "unknown option --what"),
         ([store, "-o"], "-o: expected a file"),
         ([store, "-o", str(chats)], "-o: expected a file that can be written"),
+        ([store, "-o", str(chats / "link.html")], "-o: expected a file that can be written"),
+        ([store, "-o", str(chats / ("x" * 300))], "-o: expected a file that can be written"),
+        ([store, "teacher.model=x"], "teacher.model: expected --teacher with it"),
+        ([store, str(student), "--teacher", "teacher.model=nosuch"], "teacher.model=nosuch"),
+        ([str(odd), str(chats / "model"), "-o", "x.yaml"], "expected the folder of a training run"),
         ([store, "-o", str(chats / "file" / "x.html")], "-o: expected a file that can be written"),
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert words in error, error
         assert error.count("\n") == 1
+
+
+def test_names_are_no_formulas() -> None:
+    lines = [{"step": step, "held_out": {"cross_entropy": 3.0 - step, "kl": None if step else 1.0}} for step in (0, 1)]
+    names = ["a$^$b", "_hidden", "<b>&", "two\nlines"]
+    for svg in of_students(dict.fromkeys(names, lines)).values():
+        shown = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+        assert {"a$^$b", "_hidden", "&lt;b&gt;&amp;", "two lines"} <= {*shown}, shown
 
 
 def test_a_character_of_several_tokens_is_whole() -> None:

@@ -30,18 +30,18 @@ def check_installed() -> None:
 
 def of_store(look: Look, method: str) -> dict[str, str]:
     """The plots of a store, by their captions."""
-    least = "at least " if method == "sample" else ""
-    found = {
-        f"What is kept: the mean probability of the k most probable ids ({least}{look.mass[-1]:.2f})": _plot(
+    found, least = {}, "at least " if method == "sample" else ""
+    if len(look.entropy):
+        found[f"What is kept: the mean probability of the k most probable ids ({least}{look.mass[-1]:.2f})"] = _plot(
             "kept mass against k", "k", "probability", lambda axes: _mass(axes, look)
-        ),
-        f"How sure the teacher is: entropy of its distributions, at least (mean {look.entropy.mean():.2f} nats)": _plot(
+        )
+        mean = look.entropy.mean()
+        found[f"How sure the teacher is: entropy of its distributions, at least (mean {mean:.2f} nats)"] = _plot(
             "histogram of entropy", "nats", "tokens", lambda axes: _histogram(axes, look.entropy, 40)
-        ),
-        f"How long the samples are: {len(look.lengths):,}, {look.lengths.mean():.0f} tokens on average": _plot(
-            "histogram of lengths", "tokens", "samples", lambda axes: _histogram(axes, look.lengths, 30)
-        ),
-    }
+        )
+    found[f"How long the samples are: {len(look.lengths):,}, {look.lengths.mean():.0f} tokens on average"] = _plot(
+        "histogram of lengths", "tokens", "samples", lambda axes: _histogram(axes, look.lengths, 30)
+    )
     if len(look.positions):
         found["What the teacher makes of the text: its loss by position in the sample, with standard errors"] = _plot(
             "the teacher's loss by position", "position", "nats", lambda axes: _positions(axes, look)
@@ -81,15 +81,17 @@ def _positions(axes: Any, look: Look) -> None:
 
 
 def _curves(axes: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], figure: str) -> None:
-    for i, (name, lines) in enumerate(curves.items()):
+    handles: list[Any] = []
+    for i, lines in enumerate(curves.values()):
         points = [(line["step"], line["held_out"].get(figure)) for line in lines]
         known = [(step, value) for step, value in points if value is not None]
         colour, mark = LINES[i % len(LINES)], "osD^vP"[i % 6]
         steps, values = [step for step, _ in known], [value for _, value in known]
-        axes.plot(steps, values, f"{mark}-", color=colour, ms=4, label=name)
-    legend = axes.legend(frameon=False)
+        handles += axes.plot(steps, values, f"{mark}-", color=colour, ms=4)
+    legend = axes.legend(handles, [" ".join(name.split()) for name in curves], frameon=False)
     for text in legend.get_texts():
         text.set_color(INK)
+        text.set_parse_math(False)  # a folder may be named a$b
 
 
 def _plot(title: str, across: str, up: str, draw: Callable[[Any], object]) -> str:

@@ -50,7 +50,7 @@ class Page:
         """The plots of a store."""
         self._parts.append(
             f"<section><h2>In figures</h2><p class=note>From {look.num_samples:,} samples at even distances, "
-            f"{look.num_rows:,} tokens.</p>{_figures(figures.of_store(look, self._method))}</section>"
+            f"{look.num_tokens:,} tokens.</p>{_figures(figures.of_store(look, self._method))}</section>"
         )
 
     def tokens(self, look: Look) -> None:
@@ -60,7 +60,7 @@ class Page:
             "Tinted by how surprised the teacher was: <span class=note>sure<span class=scale></span>8 nats or more"
             "</span>."
             if known
-            else "The store does not say how likely each token was (it is of an older version): nothing is tinted."
+            else "The store does not say how likely each token was: nothing is tinted."
         )
         parts = [
             f"<section><h2>Token by token</h2><p>{tint} Point at a token, tap it, or go there with the arrow keys, to "
@@ -82,7 +82,9 @@ class Page:
 
     def students(self, students: Sequence[Student], seen: Seen) -> None:
         """How students did, what they say, and where they differ from the teacher."""
-        parts = ["<section><h2>Students</h2>", _table(_figures_of(students), best=True)]
+        parts = ["<section><h2>Students</h2>", _table(_figures_of(students, seen.alike), best=True)]
+        if not seen.alike:
+            parts.append("<p class=note>They have not held out the same samples: do not compare their figures.</p>")
         parts.append(_figures(figures.of_students({one.name: one.lines for one in students})))
         origin = "held-out samples" if seen.held_out else "samples, which may have been trained on,"
         parts.append(f"<h3>What they say</h3><p class=note>Beginnings of {origin} continued greedily.</p>")
@@ -196,7 +198,7 @@ def _table(rows: Sequence[Sequence[str]], best: bool = False) -> str:
     return "".join(parts) + "</table></div>"
 
 
-def _figures_of(students: Sequence[Student]) -> list[list[str]]:
+def _figures_of(students: Sequence[Student], alike: bool) -> list[list[str]]:
     """A table of held-out figures, as `_table` takes it: those before the first student's training, then of each."""
     columns = {"before": students[0].lines[0]["held_out"]}
     columns |= {one.name: one.lines[-1]["held_out"] for one in students}
@@ -207,6 +209,6 @@ def _figures_of(students: Sequence[Student]) -> list[list[str]]:
         if not known:
             continue
         pick = max if figure in _BETTER_LARGE else min
-        winner = 0 if figure in _NEITHER or len(known) < 2 else pick(known, key=lambda i: known[i])
+        winner = 0 if figure in _NEITHER or len(known) < 2 or not alike else pick(known, key=lambda i: known[i])
         rows.append([words, *("-" if value is None else f"{value:.4f}" for value in values), str(winner)])
     return rows

@@ -29,13 +29,13 @@ class Look:
 
     lengths:   tokens of every sample of the store
     mass:      [K], the mean probability of the k most probable ids, where it is known
-    entropy:   [N] nats, the least that it may be
+    entropy:   [N] nats, the least that it may be; of the rows that have ids and a tail, as mass
     positions: [P, 4]: first position, tokens learned from, the mean of the teacher's -log p, its standard error
     shown:     by kind (typical, most surprising, random): samples, each once
     """
 
     num_samples: int
-    num_rows: int
+    num_tokens: int
     lengths: NDArray[np.int64]
     mass: NDArray[np.float64]
     entropy: NDArray[np.float64]
@@ -53,24 +53,23 @@ def look(cache: TeacherCache, seed: int = 0) -> Look:
     entropies: list[NDArray[np.float64]] = []
     surprises: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
     means = np.full(len(chosen), np.nan)
-    column, num_rows = cache.temperatures.index(1.0), 0
+    column, num_tokens = cache.temperatures.index(1.0), 0
     for i, number in enumerate(chosen):
         sample = cache[int(number)]
-        logprobs = sample["target_logprobs"].numpy()
-        tail = (
-            sample["tail_logprob"][:, column].numpy() if "tail_logprob" in sample else np.full(len(logprobs), -np.inf)
-        )
-        mass += np.nan_to_num(np.exp(logprobs.astype(np.float64))).cumsum(axis=1).sum(axis=0)
-        entropies.append(least_entropy(sample["target_ids"].numpy(), logprobs, tail))
-        num_rows += len(logprobs)
+        if "tail_logprob" in sample:  # else the store does not say what there is beside the kept ids
+            ids, tail = sample["target_ids"].numpy(), sample["tail_logprob"][:, column].numpy()
+            said = (ids[:, 0] >= 0) & ~np.isnan(tail)  # what others captured has rows without ids
+            logprobs = sample["target_logprobs"].numpy()[said]
+            mass += np.nan_to_num(np.exp(logprobs.astype(np.float64))).cumsum(axis=1).sum(axis=0)
+            entropies.append(least_entropy(ids[said], logprobs, tail[said]))
+        num_tokens += len(sample["tokens"])
         at, nll = surprise(sample)
         surprises.append((at, nll))
         if len(nll):
             means[i] = nll.mean()
-    found = Look(
-        len(chosen), num_rows, np.asarray(cache.lengths, np.int64), mass / max(1, num_rows),
-        np.concatenate(entropies), by_position(surprises),
-    )  # fmt: skip
+    entropy = np.concatenate([np.zeros(0), *entropies])
+    lengths = np.asarray(cache.lengths, np.int64)
+    found = Look(len(chosen), num_tokens, lengths, mass / max(1, len(entropy)), entropy, by_position(surprises))
     found.shown = {kind: [cache[i] for i in which] for kind, which in _choose(chosen, means, seed).items()}
     return found
 

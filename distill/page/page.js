@@ -34,7 +34,8 @@ function show(span) {
   if (loss !== null) head.append(" · the teacher gave it " + percent(Math.exp(-loss)) + ", " + loss.toFixed(2) + " nats");
   if (off) head.append(part("div", "said-by", "not trained on"));
   tip.replaceChildren(head);
-  if (expected) tip.append(part("div", "said-by", "it expected"), bars(expected, own));
+  if (expected && !expected.length) tip.append(part("div", "said-by", "the store does not say what it expected"));
+  else if (expected) tip.append(part("div", "said-by", "it expected"), bars(expected, own));
   else tip.append(part("div", "said-by", "the first token follows nothing"));
   tip.hidden = false;
   const box = span.getClientRects()[0] || span.getBoundingClientRect();

@@ -59,10 +59,12 @@ class Student:
 class Seen:
     """What students were watched on. beginnings: what was continued; texts: what follows there in the samples.
 
-    held_out: whether these samples were held out of every student's training. notes: what could not be shown, and why
+    held_out: whether these samples were held out of every student's training. alike: whether all students held out the
+    same. notes: what could not be shown, and why
     """
 
     held_out: bool
+    alike: bool
     beginnings: list[list[int]]
     texts: list[list[int]]
     teacher: list[list[int]] | None = None
@@ -106,6 +108,11 @@ def watch(
     Raises ConfigError where a student, or the teacher, cannot be loaded.
     """
     first = students[0].config
+    settings = StudentConfig(model=teacher or "teacher", trust_remote_code=trusted)
+    try:
+        source = _source(settings, cache) if with_teacher else None
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("student.", "teacher.")) from error
     _, held_out = cache.split(first.evaluation.samples, first.seed)
     alike = {(one.config.seed, one.config.evaluation.samples, _place(one.config.store.path)) for one in students}
     same = alike == {(first.seed, first.evaluation.samples, _place(cache.path))}
@@ -116,6 +123,7 @@ def watch(
     told = [(s, at) for s, at in zip(samples, where, strict=True) if 0 < at < len(s["tokens"])][:_BEGINNINGS]
     seen = Seen(
         len(held_out) > 0 and same,
+        len(alike) == 1,
         [s["tokens"][max(0, at - _LONGEST_BEGINNING) : at].tolist() for s, at in told],
         [s["tokens"][at : at + _NEW_TOKENS].tolist() for s, at in told],
     )
@@ -138,10 +146,9 @@ def watch(
         model = student_model.build(own, _source(own, cache), config.seed)
         student.said["after"] = _continued(model, seen.beginnings)
         student.differences = differences(model, samples, cache.temperatures)
-    if with_teacher:
+    if source is not None:
         heard("the teacher")
-        settings = StudentConfig(model=teacher or "teacher", trust_remote_code=trusted)
-        seen.teacher = _continued(student_model.build(settings, _source(settings, cache), 0), seen.beginnings)
+        seen.teacher = _continued(student_model.build(settings, source, 0), seen.beginnings)
     return seen
 
 
