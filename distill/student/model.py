@@ -29,8 +29,8 @@ def find(config: StudentConfig, teacher: Mapping[str, Any], *others: Mapping[str
     teacher, others: the stores' attributes ``teacher``, which must be the same one where ``student.model`` is teacher
     """
     is_teacher = config.model == "teacher"
-    names = dict.fromkeys((one["model"], one["revision"]) for one in (teacher, *others))
-    if is_teacher and len(names) > 1:
+    names = dict.fromkeys((one["model"], one["revision"]) for one in (teacher, *others) if is_teacher)
+    if len(names) > 1:
         shown = " and ".join(model if revision is None else f"{model} at {revision}" for model, revision in names)
         raise ConfigError(f"student.model: expected a folder or an id, since the stores' teachers are {shown}")
     settings = TeacherConfig(

@@ -88,7 +88,7 @@ def test_a_large_store_is_read_in_pieces(blocks: int, per_block: int) -> None:
     names = ["target_ids", "target_logprobs", "tail_logprob"]  # of a store of before
     attributes = {"temperatures": [2.0, 1.0], "k": 2, "method": "topk"}
     store: Any = SimpleNamespace(
-        attributes=attributes, inner_rows=4, block_rows=4 * per_block, committed=lambda: committed,
+        attributes=attributes, unknown=frozenset(), inner_rows=4, block_rows=4 * per_block, committed=lambda: committed,
         read_arrays=read_arrays, array_names=lambda: names,
     )  # fmt: skip
     found = Choice.of(store)
