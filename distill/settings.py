@@ -44,14 +44,16 @@ _WHERE = "set it in the environment (as AWS_SECRET_ACCESS_KEY is), or below stor
 
 def key(
     default: Any, help: str, choices: Sequence[str] = (), least: int | None = None, path: bool = False,
-    secret: bool = False,
+    local: bool = False, secret: bool = False,
 ) -> Any:  # fmt: skip
     """A configuration key: its default and its line of --help.
 
     choices: the values it may have, if they can be listed. least: the least number it may be, beside the choices.
-    path: whether it holds a path, or a list of them. secret: whether it is a mapping whose values are never shown.
+    path: whether it holds a path, or a list of them. local: whether that is never a URL.
+    secret: whether it is a mapping whose values are never shown.
     """
-    metadata = {"help": help, "choices": tuple(choices), "least": least, "path": path, "secret": secret}
+    metadata = {"help": help, "choices": tuple(choices), "least": least, "path": path, "local": local}
+    metadata["secret"] = secret
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata, repr=not secret)
     return field(default=default, metadata=metadata)
@@ -92,15 +94,18 @@ def split(arguments: Sequence[str], *keys: str) -> tuple[list[str], list[str]]:
     return settings, [argument for argument in arguments if argument not in settings]
 
 
-def named(arguments: Sequence[str], *keys: str) -> list[str]:
+def named(kind: type, arguments: Sequence[str], *keys: str) -> list[str]:
     """The arguments of a command, where those that stand alone, and are no YAML files, are the values of `keys`.
 
+    What is there under a name with a = in it stands alone too, unless it begins with a key of `kind`.
     Raises ConfigError where there are more of them than keys.
     """
+    known = dict(_leaves(kind))
     alone = [
         argument
         for argument in arguments
-        if not re.match(r"[\w.]+=", argument) and ("://" in argument or not argument.endswith((".yaml", ".yml")))
+        if not (re.match(r"[\w.]+=", argument) and (_is_key(argument, known) or not os.path.exists(argument)))  # noqa: PTH110
+        and ("://" in argument or not argument.endswith((".yaml", ".yml")))
     ]
     if strange := [argument for argument in alone if argument.startswith("-")]:
         raise ConfigError(f"unknown option {strange[0]}; --help lists the keys")
@@ -179,9 +184,14 @@ def help_text(kind: type, command: str) -> str:
 def _is_file(argument: str, known: Mapping[str, Any]) -> bool:
     """Whether an argument names a YAML file, whose folders may have a = in their names, and is no key=value."""
     name, equals, _ = argument.partition("=")
-    is_key = name in known or "." in name
-    named_so = "/" in name or (argument.endswith((".yaml", ".yml")) and not is_key)
+    named_so = "/" in name or (argument.endswith((".yaml", ".yml")) and not _is_key(argument, known))
     return not equals or named_so or os.path.isfile(argument)  # noqa: PTH113 (Path raises for a long argument)
+
+
+def _is_key(argument: str, known: Mapping[str, Any]) -> bool:
+    """Whether what is before the = of an argument is a key, or is meant as one."""
+    name = argument.partition("=")[0]
+    return name in known or "." in name
 
 
 def _read_file(file: str) -> Mapping[Any, Any]:
@@ -216,6 +226,8 @@ def _value(known: Mapping[str, Any], name: str, found: Any, origin: str) -> dict
         raise ConfigError(f"{origin}{name}: expected {type_name(known[name].type)}, found nothing")
     if known[name].metadata["path"] and value is not None:
         paths = [expand(path, f"{origin}{name}") for path in ([value] if isinstance(value, str) else value)]
+        if known[name].metadata["local"] and (url := next((path for path in paths if "://" in path), None)):
+            raise ConfigError(f"{origin}{name}: expected a local folder, found the URL {url}")
         value = paths[0] if isinstance(value, str) else paths
     return {name: _escaped(value)}
 

@@ -41,6 +41,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     from distill.run.device import pick_device
     from distill.run.groups import process_group
     from distill.run.watch import Watch
+    from distill.store.location import refuse_inside_store
     from distill.student import metrics, model
     from distill.student.batches import StepBatches, open_caches, split
     from distill.student.checkpoint import Checkpoints, lock_output, settings_of
@@ -48,6 +49,7 @@ def train(config: TrainConfig, grid: Grid, session: Session) -> None:
     from distill.student.training import Training
 
     refuse_other_launchers()
+    refuse_inside_store(Path(config.output), "output")
     loss = DistillationLoss(**asdict(config.loss))
     device = pick_device("device", config.device, grid.local_rank, grid.local_world_size)
     session.open(config.log_dir, grid.log_name)

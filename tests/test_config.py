@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from distill.config.exchange import ExportConfig, IngestConfig
 from distill.config.generate import GenerateConfig
+from distill.config.rollout import RolloutConfig
 from distill.config.train import TrainConfig
 from distill.errors import ConfigError
 from distill.settings import _leaves, help_text, load, to_yaml
@@ -293,6 +295,18 @@ def test_a_tilde_is_the_home_folder_for_every_path(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # a user of a container, whom nobody knows
     with pytest.raises(ConfigError, match=r"output: expected a home folder for ~, found none \(in ~/x\)"):
         load(TrainConfig, ["output=~/x"])
+
+
+@pytest.mark.parametrize("kind", [GenerateConfig, TrainConfig, RolloutConfig, ExportConfig, IngestConfig])
+def test_a_folder_that_is_written_is_no_url(kind: type, tmp_path: Path) -> None:
+    """All but stores, which a bucket may hold."""
+    for name in {"output", "log_dir"} & {name for name, _ in _leaves(kind)}:
+        with pytest.raises(ConfigError, match=f"^{name}: expected a local folder, found the URL s3://b/x$"):
+            load(kind, [f"{name}=s3://b/x"])
+        (tmp_path / "config.yaml").write_text(f"{name}: https://h/x")
+        with pytest.raises(ConfigError, match=f"yaml: {name}: expected a local folder, found the URL https://h/x$"):
+            load(kind, [str(tmp_path / "config.yaml")])
+        assert getattr(load(kind, [f"{name}=s3:/b"]), name) == "s3:/b"
 
 
 def test_every_key_that_names_files_is_a_path() -> None:

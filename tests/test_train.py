@@ -10,15 +10,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import distill.train
 from distill import DistillationLoss, Learner, TeacherCache
 from distill.config.train import OptimizerConfig, StudentConfig, TrainConfig
 from distill.errors import ConfigError
+from distill.run.grid import Grid
+from distill.settings import load
 from distill.student.batches import split
 from distill.student.evaluate import evaluate
 from distill.student.model import build, find
@@ -46,6 +49,14 @@ def descendants(pid: int) -> list[int]:
 
 def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_output_in_a_store_is_refused_first(small_store: Path, tmp_path: Path) -> None:
+    output, nobody = small_store / "out", cast(Any, None)
+    config = load(TrainConfig, [f"store.path={small_store}", f"output={output}", f"log_dir={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"output: expected a folder outside of stores, found .*/out, inside"):
+        distill.train.train(config, Grid(), nobody)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -11,7 +11,7 @@ class ExportConfig:
     """Every setting of ``-m distill.export``."""
 
     store: CacheConfig = field(default_factory=CacheConfig)
-    output: str = key("outputs/export", "folder of the Parquet files", path=True)
+    output: str = key("outputs/export", "folder of the Parquet files", path=True, local=True)
     align: str = key(
         "logits",
         "row t of the targets is about: logits = token t+1, as logits t are (axolotl's kernel); token = token t",
@@ -19,7 +19,7 @@ class ExportConfig:
     )
     part_tokens: int = key(1 << 20, "tokens of a part, about; a part is the unit of work, and one file", least=1)
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
-    log_dir: str = key("logs", "folder of the workers' logs", path=True)
+    log_dir: str = key("logs", "folder of the workers' logs", path=True, local=True)
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,4 @@ class IngestConfig:
     seed: int = key(0, "seed of the order in which samples are laid out", least=0)
     store: StoreConfig = field(default_factory=StoreConfig)
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
-    log_dir: str = key("logs", "folder of the workers' logs", path=True)
+    log_dir: str = key("logs", "folder of the workers' logs", path=True, local=True)

@@ -145,4 +145,4 @@ class GenerateConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
-    log_dir: str = key("logs", "folder of the workers' logs", path=True)
+    log_dir: str = key("logs", "folder of the workers' logs", path=True, local=True)

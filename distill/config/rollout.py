@@ -67,6 +67,6 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch: RolloutBatchConfig = field(default_factory=RolloutBatchConfig)
     device: str = key("auto", "auto (cuda if there is one), cpu, cuda, or cuda:N (one process only)")
-    output: str = key("outputs/rollouts", "folder of the rollouts", path=True)
+    output: str = key("outputs/rollouts", "folder of the rollouts", path=True, local=True)
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
-    log_dir: str = key("logs", "folder of the workers' logs", path=True)
+    log_dir: str = key("logs", "folder of the workers' logs", path=True, local=True)

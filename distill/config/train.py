@@ -123,6 +123,8 @@ class TrainConfig:
     device: str = key("auto", "auto (cuda if there is one), cpu, or cuda")
     seed: int = key(0, "seed of held-out samples, shuffling, random weights and dropout", least=0)
     checkpoint_every: int = key(100, "steps between two checkpoints", least=1)
-    output: str = key("outputs/student", "folder of the student, its checkpoints and its metrics", path=True)
+    output: str = key(
+        "outputs/student", "folder of the student, its checkpoints and its metrics", path=True, local=True
+    )
     timeout_seconds: int = key(600, "the run ends when a worker makes no progress for so long", least=1)
-    log_dir: str = key("logs", "folder of the workers' logs", path=True)
+    log_dir: str = key("logs", "folder of the workers' logs", path=True, local=True)

@@ -14,7 +14,6 @@ token_id. Ids may be numbers, or texts of them, as JSON has them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,8 @@ from numpy.typing import NDArray
 from distill.data.files import Row
 from distill.data.messages import show
 from distill.errors import DataError
+from distill.exchange.entries import Entries, Floats, expect_length, pairs_of, rectangle
 
-Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 ALIGNS = ("logits", "token")
@@ -77,28 +76,15 @@ def _mass(logprobs: Floats) -> tuple[Floats, Floats]:
     return p.sum(axis=1), 1e-3 + (p * np.expm1(_ROUNDING * size)).sum(axis=1)
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """The entries of each token as they stand in a row: ids and logprobs [T, K]; there: [T, K], those that count.
-
-    masked: whether the row says itself which count
-    """
-
-    ids: Floats
-    logprobs: Floats
-    there: NDArray[np.bool_]
-    masked: bool = False
-
-    def part(self, kept: slice) -> "_Entries":
-        return _Entries(self.ids[kept], self.logprobs[kept], self.there[kept], self.masked)
-
-
 class CapturedReader:
     """Reads the rows of a dataset. form: how they are written. columns: those that are read."""
 
-    def __init__(self, columns: Sequence[str], vocab_size: int, name: str) -> None:
-        """vocab_size: of the teacher's softmax. name: of the dataset. Raises DataError for columns of no known form."""
-        self._vocab_size, self._name = vocab_size, name
+    def __init__(self, columns: Sequence[str], vocab_size: int, name: str, align: str) -> None:
+        """vocab_size: of the teacher's softmax. name: of the dataset. align: as dataset.align.
+
+        Raises DataError for columns of no known form.
+        """
+        self._vocab_size, self._name, self._given = vocab_size, name, align
         tokens = [column for column in _TOKENS if column in columns]
         self.form = "prompt_logprobs" if "prompt_logprobs" in columns else "targets"
         needed = ["prompt_logprobs"] if self.form == "prompt_logprobs" else [*_TARGETS]
@@ -119,6 +105,11 @@ class CapturedReader:
         for number, row in enumerate(rows):
             where = f"example {number} of {self._name}"
             _, labels, entries = self._parts(row, where)
+            if entries.full:
+                raise DataError(
+                    f"dataset.align: expected logits or token with {where}, where the first row and the last both have "
+                    "entries, found auto"
+                )
             possible &= self._possible(labels, entries)
             if not possible:
                 raise DataError(
@@ -141,11 +132,10 @@ class CapturedReader:
         tokens, labels, entries = self._parts(row, where)
         if len(tokens) < 2:
             return None
-        if self.form == "targets" and align not in self._possible(labels, entries):
-            raise DataError(
-                f"dataset.align: expected targets about the token of {'their own' if align == 'token' else 'the next'} "
-                f"position, as in the rows before, found others in {where}"
-            )
+        if self.form == "targets":
+            if self._given == "logits" and entries.full:  # of every logit: the last is about a token beyond the end
+                entries = entries.without_last()
+            self._check_align(align, labels, entries, where)
         self._check(entries, where)
         ids, logprobs = self._sorted(entries)
         if align == "token":
@@ -165,19 +155,34 @@ class CapturedReader:
         following = np.append(np.where(own.any(axis=1), np.where(own, logprobs[:-1], 0).sum(axis=1), np.nan), np.nan)
         return Example(tokens.astype(np.int32), trained, said, ids.astype(np.int32), logprobs, following)
 
-    def _parts(self, row: Row, where: str) -> tuple[NDArray[np.int64], Mask | None, _Entries]:
+    def _check_align(self, align: str, labels: Mask | None, entries: Entries, where: str) -> None:
+        """Raise DataError for entries that cannot be about what `align` says."""
+        if align in self._possible(labels, entries):
+            return
+        if self._given == "token" and entries.full:
+            raise DataError(
+                f"dataset.align: expected an empty first row in {where} with token, as nothing predicts the first "
+                "token, found entries; rows that stand as logits do are dataset.align=logits"
+            )
+        position = "their own" if align == "token" else "the next"
+        source = "as in the rows before" if self._given == "auto" else f"as {align} says"
+        raise DataError(
+            f"dataset.align: expected targets about the token of {position} position, {source}, found others in {where}"
+        )
+
+    def _parts(self, row: Row, where: str) -> tuple[NDArray[np.int64], Mask | None, Entries]:
         """The tokens, which of them are trained on, if the row says so, and their entries; without padding."""
         name = self.needed[0]
         found = row.get(name)
         if not isinstance(found, list) or any(type(i) is not int for i in found):
             raise DataError(f"dataset: expected a list of token ids in {name!r} of {where}, found {show(found)}")
-        tokens = np.array(found, np.int64)
-        bad = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
-        if len(bad):
+        bad = next((i for i in found if not 0 <= i < self._vocab_size), None)  # before numpy: it may be of any size
+        if bad is not None:
             raise DataError(
                 f"dataset: expected token ids below {self._vocab_size:,}, the teacher's vocabulary, in {name!r} of "
-                f"{where}, found {bad[0]}"
+                f"{where}, found {show(bad)}"
             )
+        tokens = np.array(found, np.int64)
         kept = self._attended(row.get("attention_mask"), found, where)
         labels = self._labels(row.get("labels"), found, where)
         form = self._targets if self.form == "targets" else self._said
@@ -188,7 +193,7 @@ class CapturedReader:
         """The tokens that are not padding, which is at an end."""
         if found is None:
             return slice(0, len(tokens))
-        _expect_length(found, len(tokens), "attention_mask", where)
+        expect_length(found, len(tokens), "attention_mask", where)
         there = [i for i, one in enumerate(found) if one]
         kept = slice(there[0], there[-1] + 1) if there else slice(0, 0)
         if len(there) != len(found[kept]):
@@ -198,19 +203,19 @@ class CapturedReader:
     def _labels(self, found: Any, tokens: list[int], where: str) -> Mask | None:
         if found is None:
             return None
-        _expect_length(found, len(tokens), "labels", where)
+        expect_length(found, len(tokens), "labels", where)
         wrong = next((i for i, label in enumerate(found) if label not in (-100, tokens[i])), None)
         if wrong is not None:
             raise DataError(
-                f"dataset: expected labels that are the tokens or -100, found {found[wrong]} beside {tokens[wrong]} at "
-                f"position {wrong} of {where}; labels are not shifted"
+                f"dataset: expected labels that are the tokens or -100, found {show(found[wrong])} beside "
+                f"{tokens[wrong]} at position {wrong} of {where}; labels are not shifted"
             )
         return np.array([label != -100 for label in found], np.bool_)
 
-    def _targets(self, row: Row, tokens: list[int], _: slice, where: str) -> _Entries:
-        ids, logprobs = (_rectangle(row.get(name), len(tokens), name, where) for name in _TARGETS)
+    def _targets(self, row: Row, tokens: list[int], _: slice, where: str) -> Entries:
+        ids, logprobs = (rectangle(row.get(name), len(tokens), name, where) for name in _TARGETS)
         mask = row.get("target_mask")
-        counts = ids if mask is None else _rectangle(mask, len(tokens), "target_mask", where)
+        counts = ids if mask is None else rectangle(mask, len(tokens), "target_mask", where)
         for name, part in (("target_logprobs", logprobs), ("target_mask", counts)):
             if part.shape != ids.shape:
                 raise DataError(
@@ -218,14 +223,14 @@ class CapturedReader:
                     f"{part.shape[1]} and {ids.shape[1]} at most"
                 )
         if mask is not None:
-            return _Entries(ids, logprobs, counts == 1, masked=True)
+            return Entries(ids, logprobs, counts == 1, masked=True)
         there = ~np.isnan(ids) & ~(logprobs <= _PADDING)
         lone = there.any(axis=1, keepdims=True) & np.isneginf(logprobs)  # in no row that is all padding
-        return _Entries(ids, logprobs, there | lone)
+        return Entries(ids, logprobs, there | lone)
 
-    def _said(self, row: Row, tokens: list[int], kept: slice, where: str) -> _Entries:
+    def _said(self, row: Row, tokens: list[int], kept: slice, where: str) -> Entries:
         found: Any = row.get("prompt_logprobs")
-        _expect_length(found, len(tokens), "prompt_logprobs", where)
+        expect_length(found, len(tokens), "prompt_logprobs", where)
         if tokens[kept] and found[kept.start]:
             raise DataError(
                 f"dataset: expected null in 'prompt_logprobs' at the first token of {where}, which follows nothing, "
@@ -233,7 +238,7 @@ class CapturedReader:
             )
         entries: list[list[tuple[int, float]]] = [[] for _ in tokens]
         for t in range(kept.start + 1, kept.stop):
-            entries[t] = list(_pairs(found[t], f"token {t} of {where}"))
+            entries[t] = list(pairs_of(found[t], f"token {t} of {where}"))
             ids = [i for i, _ in entries[t]]
             if tokens[t] not in ids:
                 shifted = t + 1 < len(tokens) and tokens[t + 1] in ids
@@ -243,20 +248,20 @@ class CapturedReader:
                     f"{where}, as vLLM writes it, found {', '.join(map(str, ids[:5])) or 'nothing'}{hint}"
                 )
         ids_and_logprobs = ([[pair[i] for pair in pairs] for pairs in entries] for i in range(2))
-        ids_there, logprobs = (_rectangle(part, len(tokens), "prompt_logprobs", where) for part in ids_and_logprobs)
-        return _Entries(ids_there, logprobs, ~np.isnan(ids_there))
+        ids_there, logprobs = (rectangle(part, len(tokens), "prompt_logprobs", where) for part in ids_and_logprobs)
+        return Entries(ids_there, logprobs, ~np.isnan(ids_there))
 
     @staticmethod
-    def _possible(labels: Mask | None, entries: _Entries) -> set[str]:
+    def _possible(labels: Mask | None, entries: Entries) -> set[str]:
         """Which of ALIGNS the entries that are there may have."""
         there: Mask = np.asarray(entries.there.any(axis=1))
-        if not len(there):
+        if len(there) < 2:
             return {*ALIGNS}
         trained = labels if labels is not None and entries.masked else np.ones(len(there), np.bool_)
         possible = {"token"} if not there[0] and not (there & ~trained).any() else set()
         return possible | ({"logits"} if not there[-1] and not (there[:-1] & ~trained[1:]).any() else set())
 
-    def _check(self, entries: _Entries, where: str) -> None:
+    def _check(self, entries: Entries, where: str) -> None:
         """Raise DataError for entries that no teacher says."""
         there, ids = entries.there, np.where(entries.there, entries.ids, np.nan)
         logprobs, ordered = np.where(there, entries.logprobs, np.nan), np.sort(ids, axis=1)
@@ -277,61 +282,9 @@ class CapturedReader:
                 )
 
     @staticmethod
-    def _sorted(entries: _Entries) -> tuple[Floats, Floats]:
+    def _sorted(entries: Entries) -> tuple[Floats, Floats]:
         """Ids and log-probabilities by descending probability, then -1 and nan."""
         logprobs = np.where(entries.there, np.minimum(entries.logprobs, 0), -np.inf)
         order = np.argsort(-logprobs, axis=1, kind="stable")
         ids = np.take_along_axis(np.where(entries.there, entries.ids, -1), order, axis=1)
         return ids, np.where(ids >= 0, np.take_along_axis(logprobs, order, axis=1), np.nan)
-
-
-def _pairs(said: Any, where: str) -> Iterator[tuple[int, float]]:
-    """The ids and log-probabilities of one token, however they are written."""
-    entries: Any = said.items() if isinstance(said, dict) else said or ()
-    for entry in entries:
-        name: Any
-        value: Any
-        if isinstance(entry, dict):
-            name, value = entry.get("token_id"), entry
-        elif isinstance(entry, list | tuple) and len(entry) == 2:
-            name, value = entry
-        else:
-            raise DataError(
-                f"dataset: expected [id, log-probability] in 'prompt_logprobs' at {where}, found {show(entry)}"
-            )
-        if value is None:  # Arrow gives all objects of a column the same keys
-            continue
-        logprob: Any = value.get("logprob") if isinstance(value, dict) else value
-        if isinstance(name, float) and name.is_integer():  # of a pair of numbers in a column of numbers
-            name = int(name)
-        text = str(name).removeprefix("token_id:")
-        if not text.isdecimal():
-            raise DataError(f"dataset: expected a token id in 'prompt_logprobs' at {where}, found {show(name)}")
-        if isinstance(logprob, bool) or not isinstance(logprob, int | float):
-            raise DataError(
-                f"dataset: expected a log-probability in 'prompt_logprobs' at {where} (id {text}), found "
-                f"{show(logprob)}"
-            )
-        yield int(text), float(logprob)
-
-
-def _rectangle(found: Any, length: int, name: str, where: str) -> Floats:
-    """[T, K]: lists of different lengths as an array; nan where there is nothing."""
-    _expect_length(found, length, name, where)
-    lists = [[] if entry is None else entry for entry in found]
-    if any(not isinstance(entry, list) for entry in lists):
-        raise DataError(f"dataset: expected a list for each token in {name!r} of {where}, found {show(found)}")
-    counts = np.array([len(entry) for entry in lists], np.int64)
-    flat = list(chain.from_iterable(lists))
-    values = np.array(flat if None not in flat else [np.nan if value is None else value for value in flat])
-    if flat and values.dtype.kind not in "iuf" + "b" * (name == "target_mask"):
-        raise DataError(f"dataset: expected numbers in {name!r} of {where}, found {show(flat)}")
-    filled = np.full((length, max(1, int(counts.max(initial=0)))), np.nan)
-    filled[np.arange(filled.shape[1]) < counts[:, None]] = values.astype(np.float64)
-    return filled
-
-
-def _expect_length(found: Any, length: int, name: str, where: str) -> None:
-    if not isinstance(found, list) or len(found) != length:
-        size = len(found) if isinstance(found, list) else show(found)
-        raise DataError(f"dataset: expected {length} entries in {name!r} of {where}, one for each token, found {size}")

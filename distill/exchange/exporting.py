@@ -30,7 +30,7 @@ from distill.run.grid import Grid
 from distill.run.parts import PartsFolder, PartsKind
 from distill.run.watch import Watch
 from distill.settings import to_yaml
-from distill.store.location import Lock
+from distill.store.location import Lock, refuse_inside_store
 from distill.student.checkpoint import lock_output
 from distill.teacher.summary import human, table
 from distill.teacher.worker import Totals
@@ -142,6 +142,7 @@ def plan_job(config: ExportConfig, grid: Grid, board: Board) -> Job | None:
         if folder.manifest is None:
             raise ConfigError(f"output: worker 0 began {output}, worker {grid.rank} does not see it")
         return Job(source, folder, json.loads(note), None)
+    refuse_inside_store(output, "output")
     lock = lock_output(output)
     folder, settings = PartsFolder(output, _KIND), source.settings(config)
     if folder.manifest is not None:

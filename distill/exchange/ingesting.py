@@ -60,7 +60,7 @@ class Rows:
         columns = self.data.columns()
         if not columns:
             raise DataError(f"dataset.path: expected rows in {self.data.name}, found none")
-        self.reader = CapturedReader(columns, source.vocab_size, self.data.name)
+        self.reader = CapturedReader(columns, source.vocab_size, self.data.name, wanted.align)
 
     def __iter__(self) -> Iterator[Row]:
         return islice(self.data.rows(self.reader.columns), self.data.config.max_samples)

@@ -22,7 +22,7 @@ from distill.rollouts.summary import summary
 from distill.run.board import Board
 from distill.run.grid import Grid
 from distill.settings import to_yaml
-from distill.store.location import Lock
+from distill.store.location import Lock, refuse_inside_store
 from distill.student.checkpoint import lock_output
 from distill.teacher.loading import load as load_model
 from distill.teacher.model import resolve_dtype, slice_bytes
@@ -84,6 +84,7 @@ def plan_job(config: RolloutConfig, grid: Grid, board: Board, source: Source, de
             raise ConfigError(f"output: worker 0 began {output}, worker {grid.rank} does not see it")
         missing, stops = json.loads(note)
         return Job(parts, parts.prompts(), missing, stops, None)
+    refuse_inside_store(output, "output")
     lock = lock_output(output)
     parts, reader = Parts(output), Reader(config.prompts, source)
     stops = stop_ids(source, config.sampling.stop)

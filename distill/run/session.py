@@ -238,4 +238,4 @@ def run_worker(
         return 0
     grid = Grid.from_environment()
     session = Session(grid.rank)
-    return session.run(lambda: body(load(kind, named(arguments, *keys) if keys else arguments), grid, session))
+    return session.run(lambda: body(load(kind, named(kind, arguments, *keys) if keys else arguments), grid, session))

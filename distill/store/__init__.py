@@ -11,7 +11,7 @@ requests     together: several requests at the same time
 rules        what the values of rows must be
 soundness    BlockCheck, Problem, block_problems, metadata_problems, plan_problems: is all as the format promises?
 repair       no_other_run, restore_metadata, take_back: what is damaged is made again
-location     check_writable, Lock, fsync: local folders, object stores, locks, what is safely on disk
+location     check_writable, refuse_inside_store, Lock, fsync: folders, object stores, locks, what is safely on disk
 web          WebStore: what a web server has, to be read
 retry        RetryingStore: what fails for a while is tried again
 reasons      why a disk or a server failed, in words

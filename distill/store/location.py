@@ -16,7 +16,7 @@ from zarr.storage import LocalStore
 
 from distill.config.generate import OPTIONS_OF_ALL, is_web
 from distill.credentials import keep_secret
-from distill.errors import StorageError, StoreError, UserError, first_line
+from distill.errors import ConfigError, StorageError, StoreError, UserError, first_line
 from distill.store.requests import contents
 from distill.store.retry import RetryingStore
 from distill.store.web import WebStore, check_address, refuse_pages
@@ -153,6 +153,17 @@ def check_writable(path: str) -> None:
         writable = False
     if not writable:
         raise StoreError(f"store.path: cannot write {path}: {at} is not a folder that may be written")
+
+
+def refuse_inside_store(folder: Path, key: str) -> None:
+    """Raise ConfigError where a local folder, which need not exist, is a store or below one: nothing else goes there.
+
+    key: the setting that names the folder, for the message.
+    """
+    at = folder.resolve()
+    for above in (at, *at.parents):
+        if any((above / mark).is_file() for mark in _MARKS):
+            raise ConfigError(f"{key}: expected a folder outside of stores, found {folder}, inside the store {above}")
 
 
 class Lock:

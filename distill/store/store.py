@@ -8,9 +8,7 @@ Whatever is read is compared with its checksum: a chunk that is damaged, missing
 R rows, S samples, B blocks.
 """
 
-import hashlib
 import os
-import sys
 import threading
 import warnings
 import zlib
@@ -27,6 +25,7 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import StorePath
 
 from distill.errors import DistillError, StorageError, StoreError, first_line
+from distill.store.checksums import checksum, digest_of_checksums
 from distill.store.location import local_root, locate, marks, on_web
 from distill.store.metadata import Document, damage, read_metadata
 from distill.store.requests import keys_below, together
@@ -347,14 +346,3 @@ class Store:
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def digest_of_checksums(checksums: NDArray[np.uint32]) -> str:
-    """The hash of an array of checksums, little endian."""
-    return hashlib.sha256(checksums.astype("<u4").tobytes()).hexdigest()[:16]
-
-
-def checksum(values: NDArray[Any], seed: int = 0) -> int:
-    """The CRC-32 (as in zlib, gzip and PNG) of an array's bytes, in C order and little endian, going on from `seed`."""
-    little = values if sys.byteorder == "little" else values.astype(values.dtype.newbyteorder("<"))
-    return zlib.crc32(np.ascontiguousarray(little).view(np.uint8).reshape(-1).data, seed)

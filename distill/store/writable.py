@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from distill.errors import DistillError, StoreError, first_line
+from distill.store.checksums import checksum, digest_of_checksums
 from distill.store.lease import Lease
 from distill.store.location import Lock, fsync, local_root, locate
 from distill.store.metadata import array_digest, array_documents, group_document, put, sealed
 from distill.store.requests import together
 from distill.store.schema import CAPTURED, FORMAT, PLANNED, SAMPLE_TABLE, VERSION
-from distill.store.store import Store, checksum, digest_of_checksums
+from distill.store.store import Store
 
 
 class WritableStore(Store):

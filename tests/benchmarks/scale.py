@@ -33,7 +33,7 @@ from distill.errors import StoreError
 from distill.reading.cache import some_examples
 from distill.run.grid import Grid
 from distill.store import schema
-from distill.store.store import checksum
+from distill.store.checksums import checksum
 from distill.store.writable import WritableStore
 from distill.teacher.choice import expected_bytes
 from distill.teacher.placement import Placement

@@ -39,9 +39,8 @@ def captured(folder: Path, teacher: Path, rows: Sequence[Any], *arguments: str) 
 
 def export_here(store: Path | str, out: Path, *arguments: str) -> Path:
     """What distill.export does, by one worker, in this process."""
-    config = load(
-        ExportConfig, named([str(store), str(out), f"log_dir={out.parent}", *arguments], "store.path", "output")
-    )
+    alone = [str(store), str(out), f"log_dir={out.parent}", *arguments]
+    config = load(ExportConfig, named(ExportConfig, alone, "store.path", "output"))
     board = Board(torch.distributed.HashStore())
     job = exporting.plan_job(config, Grid(), board)
     if job is not None:
@@ -52,7 +51,7 @@ def export_here(store: Path | str, out: Path, *arguments: str) -> Path:
 def ingest_here(rows: Path | str, store: Path, teacher: Path, *arguments: str) -> Path:
     """What distill.ingest does, by one worker, in this process."""
     alone = [str(rows), str(store), f"teacher.model={teacher}", f"log_dir={store.parent}", *arguments]
-    config = load(IngestConfig, named(alone, "dataset.path", "store.path"))
+    config = load(IngestConfig, named(IngestConfig, alone, "dataset.path", "store.path"))
     board = Board(torch.distributed.HashStore())
     job = ingesting.plan_job(config, Grid(), board, ingesting.find(config))
     if job is not None:

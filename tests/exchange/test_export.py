@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from distill.config.exchange import ExportConfig
 from distill.errors import ConfigError, StoreError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import collate
-from distill.settings import named
+from distill.settings import load, named
 from distill.store.writable import WritableStore
 from distill.student.loss import DistillationLoss
 from tests.exchange.support import CHATS, TEXTS, captured, export_here, kl_of_columns, table
@@ -145,6 +146,18 @@ def test_what_is_not_this_runs_is_refused(stores: dict[str, Path], tmp_path: Pat
     assert tree(out) == before
 
 
+def test_an_output_that_is_a_store_or_in_one_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    store = stores["topk"]
+    before = tree(store)
+    (tmp_path / "link").symlink_to(store)
+    for out in (store, store / "ex", store / "a" / "b", tmp_path / "link" / "ex"):
+        with pytest.raises(ConfigError, match=rf"output: expected a folder outside of stores.* the store {store}"):
+            export_here(store, out, f"log_dir={tmp_path}")
+    assert tree(store) == before
+    assert not (store / "ex").exists()
+    assert not (store / "a").exists()
+
+
 def test_an_unfinished_store_is_refused(stores: dict[str, Path], teacher: Path, tmp_path: Path) -> None:
     store = captured(tmp_path / "x", teacher, TEXTS, "capture.method=topk", "capture.k=3")
     (store / "commits" / "c" / "1").unlink()
@@ -154,13 +167,26 @@ def test_an_unfinished_store_is_refused(stores: dict[str, Path], teacher: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_there_under_a_name_like_a_key_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is a key, or has a dot before the =, as keys of sections have."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("k=8.zarr", "align=token", "store.options.a=b"):
+        (tmp_path / name).mkdir()
+    arguments = named(ExportConfig, ["k=8.zarr", "out", "align=token", "store.options.a=b"], "store.path", "output")
+    config = load(ExportConfig, arguments)
+    assert (config.store.path, config.output, config.align) == ("k=8.zarr", "out", "token")
+    assert config.store.options == {"a": "b"}
+    with pytest.raises(ConfigError, match="unknown key j"):
+        load(ExportConfig, named(ExportConfig, ["j=8.zarr"], "store.path", "output"))
+
+
 def test_arguments_without_a_key() -> None:
     alone = ["https://host/x.zarr?a=b", "out", "part_tokens=5", "store.options.region=eu", "mine.yaml"]
     expected = ["part_tokens=5", "store.options.region=eu", "mine.yaml", f"store.path={alone[0]}", "output=out"]
-    assert named(alone, "store.path", "output") == expected
+    assert named(ExportConfig, alone, "store.path", "output") == expected
     for wrong, words in (
         (["a", "b", "c"], "at most 2 arguments without a key.*found a b c"),
         (["--all"], "option --all"),
     ):
         with pytest.raises(ConfigError, match=words):
-            named(wrong, "store.path", "output")
+            named(ExportConfig, wrong, "store.path", "output")

@@ -320,6 +320,10 @@ BAD_VLLM: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (lambda row: change(row, prompt_logprobs=row["prompt_logprobs"][1:]), "expected 34 entries in 'prompt_logprobs'"),
     (lambda row: change(row, prompt_logprobs=None), "entries in 'prompt_logprobs' of example 4.*found None"),
     (lambda row: change(row, prompt_token_ids=[1, 2, 300, *row["prompt_token_ids"][3:]]), "token ids below 300.* 300"),
+    (lambda row: change(row, prompt_token_ids=[10**30, *row["prompt_token_ids"][1:]]), "token ids below 300.* 10000"),
+    (lambda row: at(row, 3, **{"_1" + "0" * 5000: -9.0}), "expected a token id in 'prompt_logprobs' at token 3 of"),
+    (lambda row: at(row, 3, _299=-(10**400)), "expected a log-probability in 'prompt_logprobs' at token 3 of exam"),
+    (lambda row: change(row, labels=["a\nb"] * 34), "expected labels that are the tokens or -100.* of example 4"),
     (lambda row: change(row, prompt_token_ids="abc"), "expected a list of token ids in 'prompt_token_ids' of ex"),
     (lambda row: change(row, labels=[1] * 34), "expected labels that are the tokens or -100.* of example 4"),
     (
@@ -367,6 +371,12 @@ def test_wrong_targets_are_refused_in_a_line(teacher: Path, tokenizer_only: Path
         ({**third, "labels": third["labels"][1:]}, f"expected {length} entries in 'labels' of example 3"),
         ({**third, "target_logprobs": third["target_logprobs"][1:]}, f"{length} entries in 'target_logprobs' of exam"),
         ({**third, "target_mask": [row[:-1] for row in third["target_mask"]]}, "as many entries in 'target_mask' as"),
+        *(
+            ({**third, name: [spoiled, *third[name][1:]]}, f"expected numbers in '{name}' of example 3")
+            for name in ("target_token_ids", "target_logprobs", "target_mask")
+            for spoiled in ([[3]] * 7, [*third[name][0][:-1], [3]])
+        ),
+        ({**third, "target_token_ids": [[[7]] * 7] * length}, "expected numbers in 'target_token_ids' of example 3"),
         ({**third, "target_token_ids": [[7] * 7] * length}, "expected different ids at position"),
         (
             {**third, "target_mask": [*third["target_mask"][:-2], [0] * 7, [0] * 7]},
@@ -400,6 +410,55 @@ def test_targets_without_a_mask(teacher: Path, tokenizer_only: Path, tmp_path: P
         assert "loss_mask" not in found[number]
         for name in found[number].keys() - {"sample"}:
             assert np.array_equal(found[number][name], sample[name], equal_nan=True)
+
+
+def test_full_rows_of_logits(
+    logprobs: tuple[list[list[int]], list[torch.Tensor]], tokenizer_only: Path, tmp_path: Path
+) -> None:
+    """A row for each of T logits: with align=logits the last is left out; nothing else takes such rows."""
+    rows: list[dict[str, Any]] = []
+    for ids, said in zip(*logprobs, strict=True):
+        top = said.topk(K)
+        rows.append(
+            {"input_ids": ids, "target_token_ids": top.indices.tolist(), "target_logprobs": top.values.tolist()}
+        )
+    one = {name: values[:1] for name, values in rows[0].items()}  # too short to tell anything
+    full = write(tmp_path / "full.jsonl", [one, *rows])
+    masked = [{**row, "target_mask": [[1] * K] * len(row["input_ids"])} for row in rows]
+    empty = [
+        {**row, "target_token_ids": [*row["target_token_ids"][:-1], []],
+         "target_logprobs": [*row["target_logprobs"][:-1], []]}
+        for row in rows
+    ]  # fmt: skip
+    expected = by_example(
+        ingest_here(write(tmp_path / "empty.jsonl", [one, *empty]), tmp_path / "a.zarr", tokenizer_only)
+    )
+    assert len(expected) == 9
+    for name, path, first in (("b", full, 1), ("c", write(tmp_path / "masked.jsonl", masked), 0)):
+        store = ingest_here(path, tmp_path / f"{name}.zarr", tokenizer_only, "dataset.align=logits")
+        found = by_example(store)
+        for number, sample in enumerate(expected.values()):
+            other = found[[*expected][number] - 1 + first]
+            assert other["target_ids"][-1].tolist() == [-1] * K
+            for array in sample.keys() - {"sample"}:
+                assert np.array_equal(other[array], sample[array], equal_nan=True)
+    later = write(tmp_path / "later.jsonl", [empty[0], rows[1]])
+    token = [{**row, "target_token_ids": [[], *row["target_token_ids"][1:]],
+              "target_logprobs": [[], *row["target_logprobs"][1:]]} for row in rows]  # fmt: skip
+    for path, align, words in (
+        (full, "auto", "expected logits or token with example 1 .* the first row and the last both have entries"),
+        (full, "token", "expected an empty first row in example 1 .* with token.* dataset.align=logits"),
+        (later, "auto", "about the token of the next position, as in the rows before, found others in example 1"),
+        (
+            write(tmp_path / "token.jsonl", token),
+            "logits",
+            "of the next position, as logits says, found others in example 0",
+        ),
+    ):
+        with pytest.raises(DataError, match=words) as error:
+            ingest_here(path, tmp_path / "x.zarr", tokenizer_only, f"dataset.align={align}")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "x.zarr").exists()
 
 
 def test_rows_that_look_shifted_are_told(

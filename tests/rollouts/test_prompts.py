@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from distill.errors import UserError
+from distill.errors import ConfigError, UserError
 from distill.rollouts.prompts import Prompts
 from tests.data.support import run as samples_of
-from tests.rollouts.support import read, write
+from tests.rollouts.support import read, roll_out, write
 from tests.store.webserver import WebServer, serving
 from tests.support import generate_here, make_tokenizer, open_raw, save_model
 
@@ -163,6 +163,15 @@ def test_refusals_name_the_key(rows: list[Any], arguments: list[str], said: str,
     assert str(found.value).startswith(said), found.value
     assert "\n" not in str(found.value)
     assert "dataset." not in str(found.value)
+
+
+def test_an_output_in_a_store_is_refused(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.zarr").mkdir()
+    (tmp_path / "x.zarr" / "zarr.json").write_text("{}")
+    settings = [f"student.model={student}", f"log_dir={tmp_path}", f"output={tmp_path / 'x.zarr' / 'out'}"]
+    with pytest.raises(ConfigError, match=r"output: expected a folder outside of stores, found .*/out, inside"):
+        roll_out(*settings)
+    assert not (tmp_path / "x.zarr" / "out").exists()
 
 
 def test_no_prompts(student: Path, tmp_path: Path) -> None:
