@@ -73,6 +73,7 @@ def report(arguments: Sequence[str]) -> None:
     from distill.page.look import look
     from distill.page.students import read_student, watch
     from distill.reading.cache import TeacherCache
+    from distill.store.location import refuse_inside_store
     from distill.store.store import Store
     from distill.teacher.source import local_tokenizer
     from distill.teacher.summary import description, human
@@ -83,6 +84,7 @@ def report(arguments: Sequence[str]) -> None:
     cache = TeacherCache(store_path, options)
     students = [read_student(folder, cache) for folder in folders]
     _check_writable(file)
+    refuse_inside_store(file.absolute().parent, "-o")
     store, teacher = Store.existing(store_path, options), cache.attributes["teacher"]
     title = store_path.rstrip("/").rpartition("/")[2]
     page = Page(local_tokenizer(teacher["model"], teacher["revision"]), cache.attributes["method"])
@@ -107,6 +109,8 @@ def _output(arguments: Sequence[str]) -> tuple[list[str], Path]:
     at = rest.index("-o")
     if at + 1 == len(rest):
         raise ConfigError(f"-o: expected a file to write, found nothing; {_USAGE}")
+    if "://" in rest[at + 1]:
+        raise ConfigError(f"-o: expected a local file, found the URL {rest[at + 1]}")
     return [*rest[:at], *rest[at + 2 :]], Path(expand(rest[at + 1], "-o"))
 
 

@@ -357,6 +357,8 @@ def test_mistakes_are_one_line(chats: Path, student: Path, capsys: pytest.Captur
         ([store, "-o", str(chats)], "-o: expected a file that can be written"),
         ([store, "-o", str(chats / "link.html")], "-o: expected a file that can be written"),
         ([store, "-o", str(chats / ("x" * 300))], "-o: expected a file that can be written"),
+        ([store, "-o", f"{store}/x.html"], "-o: expected a folder outside of stores"),
+        ([store, "-o", "https://h/x.html"], "-o: expected a local file"),
         ([store, "teacher.model=x"], "teacher.model: expected --teacher with it"),
         ([store, str(student), "--teacher", "teacher.model=nosuch"], "teacher.model=nosuch"),
         ([str(odd), str(chats / "model"), "-o", "x.yaml"], "expected the folder of a training run"),
