@@ -228,7 +228,11 @@ def plan_store(config: IngestConfig, source: Source, rows: Rows, fingerprint: di
             "%s rows of %s name the token that they are about, %s the one %s it: check dataset.align, found %s",
             f"{found.hits:,}", name, f"{found.misses:,}", "after" if align == "token" else "before", align,
         )  # fmt: skip
-    known = {"logsumexp": False, "tail_logprob": not found.renormalized, "next_logprob": found.followed}
+    known = {
+        "logsumexp": False,
+        "tail_logprob": not found.renormalized,
+        "next_logprob": found.followed and not found.renormalized,  # else it may be scaled as its row is
+    }
     unknown = [array for array, is_known in known.items() if not is_known]
     facts = {
         "method": "topk",
@@ -284,7 +288,7 @@ class Worker:
                 where[example] = size, length
                 size += length
         gathered: NDArray[Any] = np.memmap(file, kept, "w+", shape=(size,))
-        tail_is_known = "tail_logprob" not in store.unknown
+        tail_is_known, following_is_known = (name not in store.unknown for name in ("tail_logprob", "next_logprob"))
         for number, row in enumerate(self._job.rows):
             self._watch.beat()
             if number not in where:
@@ -295,10 +299,11 @@ class Worker:
                 raise DataError(f"dataset.path: example {number} of {self._job.rows.data.name} changed: run again")
             rows = gathered[start : start + length]
             wide = example.ids.shape[1]
-            rows["ids"], rows["logprobs"], rows["tail"] = -1, np.nan, np.nan
+            rows["ids"], rows["logprobs"], rows["tail"], rows["following"] = -1, np.nan, np.nan, np.nan
             rows["ids"][:, :wide] = example.ids[:, :k]
             rows["logprobs"][:, :wide] = round_logprobs(example.logprobs[:, :k].astype(np.float32))
-            rows["following"] = as_float16(example.following.astype(np.float32))
+            if following_is_known:
+                rows["following"] = as_float16(example.following.astype(np.float32))
             if tail_is_known:
                 rows["tail"] = round_logprobs(example.tail().astype(np.float32))
             if not where:

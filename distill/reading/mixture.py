@@ -4,9 +4,10 @@
 
 An epoch has as many samples as there can be without taking one twice: n = min over the caches of size / share. Of each
 cache it has n times its share, rounded by largest remainders. Of a cache that has more, the next epoch takes others,
-until all had their turn (`shares.of_epoch`). What all caches have is in a sample: temperatures, next_logprob,
-sampled_logprob. A cache without a loss mask counts all its tokens. A sample's number is its number in its store plus
-the samples of the stores before it, so that no two samples have the same one.
+until all had their turn (`shares.of_epoch`). What all caches have is in a sample: temperatures, logsumexp,
+tail_logprob, next_logprob, sampled_logprob. So what a batch has does not depend on which samples are in it. A cache
+without a loss mask counts all its tokens. A sample's number is its number in its store plus the samples of the stores
+before it, so that no two samples have the same one.
 
 S samples of some caches.
 """
@@ -27,7 +28,7 @@ from distill.reading.samples import Sample, View
 from distill.reading.shares import apportioned, samples_per_epoch
 from distill.reading.shuffle import Part
 
-_NEED_NOT_BE = frozenset({"next_logprob", "sampled_logprob"})
+_NEED_NOT_BE = frozenset({"logsumexp", "tail_logprob", "next_logprob", "sampled_logprob"})
 _WHICH_WHEN = 1  # ends the seeds of which samples come in which epoch, beside those that shuffle
 
 
@@ -158,7 +159,7 @@ class Mixture(TeacherCache):
     def select(self, keep: Callable[[Sample], bool]) -> "Mixture":
         """A mixture, of the same shares, of those samples for which `keep` is true: as of a TeacherCache."""
         found = [
-            cache.select(lambda sample, view=view: keep({**sample, "sample": sample["sample"] + view.first_number}))  # type: ignore[misc]
+            cache.select(lambda sample, view=view: keep(view.of(sample)))  # type: ignore[misc]
             for cache, view in zip(self._caches, self._views, strict=True)
         ]
         return Mixture(found, self._views, self._shares, self._seed)

@@ -163,7 +163,7 @@ class View:
         """The sample as it looks then."""
         found = {name: values for name, values in sample.items() if name not in self.without}
         if self.columns is not None:
-            found |= {name: sample[name][:, self.columns] for name in ("logsumexp", "tail_logprob")}
+            found |= {name: found[name][:, self.columns] for name in ("logsumexp", "tail_logprob") if name in found}
         return found | {"sample": sample["sample"] + self.first_number}
 
 

@@ -1,17 +1,19 @@
 """What is trained on, and what each optimizer step reads of it: this worker's micro-batches, from any step on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from distill.config.train import TrainConfig
+from distill.credentials import leaves
 from distill.errors import ConfigError, StorageError, StoreError
 from distill.reading.cache import TeacherCache
 from distill.reading.samples import Batch
 from distill.run.grid import Grid
 from distill.run.processes import check_readers, obey_parent_only, short_socket_paths, signals_blocked
+from distill.settings import expand
 
 _LOOK_SECONDS = 1  # between two looks at the readers
 
@@ -20,12 +22,25 @@ def open_caches(config: TrainConfig) -> TeacherCache:
     """What ``store`` names: a store, or several of them as one. Raises ConfigError and StoreError as both do."""
     store = config.store
     paths = [store.path] if isinstance(store.path, str) else store.path
+    _check_headers(paths, store.options)
     caches = [TeacherCache(path, store.options) for path in paths]
     try:
         return TeacherCache.mix(caches, store.weights, config.seed)
     except ConfigError as error:
         key = "store." if str(error).startswith("weights: ") else "store.path: "
         raise ConfigError(f"{key}{error}") from error
+
+
+def _check_headers(paths: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError where one server would be sent the headers, and so the credentials, that are for another."""
+    urls = [path.lower() for path in (expand(path, "store.path") for path in paths) if "://" in path]
+    servers = {"/".join(url.split("/")[: 3 if url.startswith("http") else 1]): None for url in urls}
+    headers = [name for name, value in leaves(options) if "default_headers" in name.lower() and value is not None]
+    if headers and len(servers) > 1:
+        raise ConfigError(
+            "store.options.client_options.default_headers: expected none with stores on several servers, each of which "
+            f"would be sent them, found some with {' and '.join(servers)} (copy the stores of one to a folder)"
+        )
 
 
 def split(cache: TeacherCache, config: TrainConfig) -> tuple[TeacherCache, TeacherCache]:

@@ -101,6 +101,14 @@ class DistillationLoss:
                 f"(generate with capture.method=topk capture.k=64{more} for that)"
             )
 
+    def check_weights(self, sampled: str, without: str) -> None:
+        """Raise ConfigError, if this loss reads targets, for `sampled` rows together with what has no tail_logprob."""
+        if "tail_logprob" in self.reads:
+            raise ConfigError(
+                f"loss: expected tail_logprob beside {sampled}, whose drawn ids it weighs, found none in {without} "
+                "(train on stores of capture.method=sample apart from stores without a tail)"
+            )
+
     def check(self, temperatures: Sequence[float]) -> None:
         """Raise ConfigError where a store with these `temperatures` does not hold what this loss needs."""
         if self.temperature not in temperatures and self.tail != "renormalize":
@@ -139,7 +147,7 @@ class DistillationLoss:
         rows: of a batch, [N, ...]. The mass of kept ids that the student lacks (padding of the teacher's softmax) is
         added to the tail. A row of which the student knows no kept id has an event without mass, and all in the tail;
         where there is no tail, its target means nothing, and `per_row` leaves it out.
-        Raises ConfigError for a row of method sample where this loss cannot be had from one.
+        Raises ConfigError for a row of method sample where this loss cannot be had from one, or without tails.
         """
         at_one, t = list(temperatures).index(1.0), self.temperature
         column = at_one if self.tail == "renormalize" else list(temperatures).index(t)
@@ -149,6 +157,8 @@ class DistillationLoss:
         drawn = are_drawn(ids, logprobs)
         if not self.linear and drawn.any():
             self.check_method("sample")
+        if "tail_logprob" not in rows and drawn.any():
+            self.check_weights("rows of capture.method=sample", "the batch")
         weight = mass - drawn.sum(dim=1).clamp(min=1).log()  # of each id that was drawn
         if self._rescales:
             logprobs = (logprobs + rows["logsumexp"][:, [at_one]]) / t - rows["logsumexp"][:, [column]]

@@ -131,6 +131,10 @@ def check(source: Source, loss: DistillationLoss, cache: Any) -> None:
         except ConfigError as error:
             where = "" if len(cache.parts) == 1 or part.path in str(error) else f" ({part.path})"
             raise ConfigError(f"{error}{where}") from error
+    sampled = [part.path for part in cache.parts if part.attributes["method"] == "sample"]
+    without = [part.path for part in cache.parts if "tail_logprob" not in part.arrays]
+    if sampled and without:
+        loss.check_weights(f"{sampled[0]} of capture.method=sample", without[0])
 
 
 def _check(source: Source, loss: DistillationLoss, cache: Any) -> None:

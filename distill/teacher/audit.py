@@ -219,7 +219,8 @@ def _compare(store: Store, teacher: Teacher, batch: Sequence[range]) -> tuple[Te
     read = [store.read_arrays(("tokens", *store.captured), rows.start, rows.stop) for rows in batch]
     tokens = [rows["tokens"] for rows in read]
     following = torch.from_numpy(np.concatenate([np.append(each[1:], -1) for each in tokens])).long()
-    stored = _Rows.read({name: np.concatenate([rows[name] for rows in read]) for name in store.captured})
+    told = [name for name in store.captured if name != "next_logprob" or name not in store.unknown]
+    stored = _Rows.read({name: np.concatenate([rows[name] for rows in read]) for name in told})
     partial = bool(store.unknown)
     said = (stored.ids[:, 0] >= 0) | (not partial)  # others may have captured nothing of a row
     if (
@@ -266,7 +267,7 @@ class _Rows:
 
     @classmethod
     def read(cls, arrays: Mapping[str, NDArray[Any]]) -> "_Rows":
-        """The captured arrays of a store; one of before has no next_logprob."""
+        """The captured arrays of a store; next_logprob may not be there, or be unknown."""
         found = {name: torch.from_numpy(values) for name, values in arrays.items()}
         nothing = torch.full((len(found["logsumexp"]),), torch.nan)
         return cls(

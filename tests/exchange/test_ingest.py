@@ -292,6 +292,26 @@ def test_the_teacher_is_asked_again(
     assert "THE STORE IS NOT WHAT THIS TEACHER SAYS" in capsys.readouterr().out
 
 
+def test_rows_scaled_to_1_do_not_say_how_likely_the_next_token_is(
+    vllm: list[dict[str, Any]], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each names the next token, but its log-probability is higher than the teacher's: unknown, and so not stored."""
+    rows = []
+    for row in vllm:
+        scaled: list[Any] = [None]
+        for entries in row["prompt_logprobs"][1:]:
+            whole = math.log(sum(math.exp(one["logprob"]) for one in entries.values()))
+            scaled.append({i: {**one, "logprob": one["logprob"] - whole} for i, one in entries.items()})
+        rows.append({**row, "prompt_logprobs": scaled})
+    store = ingest_here(write(tmp_path / "rows.jsonl", rows), tmp_path / "x.zarr", teacher)
+    found = Store.existing(str(store), {})
+    assert {*found.unknown} == {"logsumexp", "tail_logprob", "next_logprob"}
+    assert np.isnan(found.read_all("next_logprob")).all()
+    with pytest.raises(ConfigError, match="expected next_logprob in"):
+        DistillationLoss("on_policy").check_arrays(TeacherCache(str(store)).arrays, str(store))
+    assert verify([str(store), "--teacher", "teacher.device=cpu"]) == 0, capsys.readouterr().out
+
+
 def change(row: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 

@@ -24,7 +24,7 @@ from distill.config.train import (
     TrainBatchConfig,
     TrainConfig,
 )
-from distill.errors import ConfigError, ReaderError, StorageError
+from distill.errors import ConfigError, ReaderError, StorageError, StoreError, UserError
 from distill.run.grid import Grid
 from distill.student.batches import StepBatches, open_caches, split
 from distill.student.model import find
@@ -183,3 +183,26 @@ def test_readers_behind_a_forkserver_where_tmpdir_is_long(small_store: Path, tmp
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) > 4 << 20
+
+
+def test_headers_for_one_server_are_not_sent_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before any store is opened: each would be asked with the same headers."""
+
+    def opened(path: str, options: Any) -> None:
+        raise StoreError("opened")
+
+    monkeypatch.setattr("distill.student.batches.TeacherCache", opened)
+    private: dict[str, Any] = {"client_options": {"default_headers": {"Authorization": "Bearer for-a-only"}}}
+    cases: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+        ("https://a.org/x", "https://b.org/y", private, r"^store\.options\.client_options\.default_headers: expected"),
+        ("https://a.org/x", "http://a.org/y", private, "found some with https://a.org and http://a.org"),
+        ("https://a.org/x", "s3://b/y", private, "found some with https://a.org and s3:"),
+        ("https://a.org/x", "https://A.org/y", private, "opened"),
+        ("https://a.org/x", "y.zarr", private, "opened"),
+        ("s3://a/x", "s3://b/y", private, "opened"),
+        ("https://a.org/x", "https://b.org/y", {"client_options": {"timeout": "9s"}}, "opened"),
+    )
+    for one, other, options, words in cases:
+        with pytest.raises(UserError, match=words) as refused:
+            open_caches(TrainConfig(store=StoresConfig([one, other], options=options)))
+        assert "for-a-only" not in str(refused.value)

@@ -1,5 +1,6 @@
 """Batches with rows of several stores: what is made of them is the sum of what is made of each row by itself."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from distill.errors import ConfigError
 from distill.student.evaluate import measured, measured_on_policy
 from distill.student.model import check
 from distill.teacher.source import Source
-from tests.support import build_model, make_tokenizer
+from tests.support import build_model, make_tokenizer, reseal
 
 TAILS = ("bucket", "renormalize", "ground_truth")
 LOSSES = [DistillationLoss(tail=tail, alpha=alpha) for tail in TAILS for alpha in (1, 0.4)]
@@ -105,3 +106,58 @@ def test_a_loss_that_one_store_cannot_serve_names_it(
     with pytest.raises(ConfigError, match=rf"loss\.max_ratio: expected sampled_logprob in {small_store}, found none"):
         check(source, DistillationLoss("on_policy", max_ratio=2), TeacherCache.mix(caches))
     check(source, DistillationLoss(), TeacherCache.mix(caches))
+
+
+def without_tail(store: Path, folder: Path) -> TeacherCache:
+    """The samples of a store, as others may have captured them."""
+    shutil.copytree(store, folder)
+    reseal(folder, unknown=["logsumexp", "tail_logprob", "next_logprob"])
+    return TeacherCache(str(folder))[3:9]
+
+
+def test_what_a_batch_has_does_not_depend_on_its_samples(
+    small_store: Path, other_teacher: Path, tmp_path: Path
+) -> None:
+    """With a store without a tail: the same arrays in every batch, and held-out figures that no batch size changes."""
+    mixture = TeacherCache.mix([TeacherCache(str(small_store))[2:7], without_tail(other_teacher, tmp_path / "x.zarr")])
+    unknown = {"logsumexp", "tail_logprob", "next_logprob"}
+    assert not mixture.arrays & unknown
+    seen: list[set[str]] = []
+
+    def keep(sample: Any) -> bool:
+        seen.append({*sample})
+        return True
+
+    mixture.select(keep)
+    assert all(names == {"sample", "tokens", "loss_mask"} for names in seen)
+    for parts in (mixture, *mixture.split(4), mixture[:2]):
+        names = [{*batch} for size in (1, 4) for batch in parts.shuffled(size)]
+        names += [{*sample} for sample in parts]
+        assert not any(found & unknown for found in names)
+    learner = Learner(build_model("llama").eval(), DistillationLoss(tail="renormalize"), mixture.temperatures)
+
+    def figures(size: int) -> torch.Tensor:
+        batches = [collate([mixture[i] for i in range(len(mixture))[at : at + size]]) for at in range(0, 11, size)]
+        with torch.no_grad():
+            return torch.stack(
+                [learner(batch, lambda x, rows: measured(x, rows, mixture.temperatures)) for batch in batches]
+            ).sum(dim=0)
+
+    for size in (1, 3):
+        torch.testing.assert_close(figures(size), figures(11), rtol=1e-4, atol=1e-3)
+
+
+def test_drawn_rows_do_not_go_with_rows_without_a_tail(
+    small_store: Path, sampled_store: Path, other_teacher: Path, tmp_path: Path
+) -> None:
+    """Their weights are parts of the tail: refused by name, and in a batch; what reads no tail takes both."""
+    source = Source(Path(), TeacherConfig(), build_model("llama").config, make_tokenizer())
+    other, sampled = without_tail(other_teacher, tmp_path / "x.zarr"), TeacherCache(str(sampled_store))[:4]
+    mixture, loss = TeacherCache.mix([sampled, other]), DistillationLoss(tail="renormalize")
+    with pytest.raises(ConfigError, match=rf"beside {sampled.path} of .*found none in {other.path} ") as refused:
+        check(source, loss, mixture)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"expected tail_logprob beside rows of capture\.method=sample"):
+        Learner(build_model("llama"), loss, [1.0])(next(iter(mixture.shuffled(8))))
+    check(source, DistillationLoss(alpha=0), mixture)
+    check(source, loss, TeacherCache.mix([TeacherCache(str(small_store)), other]))
