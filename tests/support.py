@@ -270,6 +270,18 @@ def generate_here(folder: Path, *arguments: str, models: dict[str, Any] | None =
     return Path(config.store.path)
 
 
+def two_workers(worker: Callable[..., None], *arguments: Any) -> None:
+    """Run `worker(*arguments, rank)` in two processes, each of which has to end well."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([worker.__module__])
+    workers = [context.Process(target=worker, args=(*arguments, rank)) for rank in range(2)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(120)
+        assert process.exitcode == 0
+
+
 def wait_for(happened: Callable[[], object], said: Callable[[], object] = str, seconds: float = 120) -> None:
     """Until `happened` returns something true; fails after so many seconds, with what `said` returns."""
     deadline = time.monotonic() + seconds

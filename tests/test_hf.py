@@ -1,7 +1,6 @@
 """DistillationTrainer: its losses and gradients, with one worker and with two, and what it refuses."""
 
 import os
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from distill import DistillationLoss, TeacherCache, collate
 from distill.errors import ConfigError, DataError, NumericalError, StoreError
 from distill.hf import DistillationTrainer
 from distill.reading.mixture import Mixture
-from tests.support import build_model, make_tokenizer, masked_store
+from tests.support import build_model, make_tokenizer, masked_store, two_workers
 
 LOSS = DistillationLoss(temperature=2.0, alpha=0.7)
 
@@ -120,14 +119,7 @@ def test_accumulation_changes_nothing(
 
 
 def test_two_workers_are_one(small_store: Path, tmp_path: Path) -> None:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_hf"])
-    workers = [context.Process(target=_worker, args=(small_store, tmp_path, rank)) for rank in range(2)]
-    for process in workers:
-        process.start()
-    for process in workers:
-        process.join(120)
-        assert process.exitcode == 0
+    two_workers(_worker, small_store, tmp_path)
     one = _step(small_store, tmp_path, 4)
     torch.testing.assert_close(torch.load(tmp_path / "two.pt"), one, rtol=1e-5, atol=1e-5)
 

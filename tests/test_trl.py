@@ -3,7 +3,6 @@
 import os
 import re
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import distill
 from distill import DistillationLoss, Learner, TeacherCache, collate
 from distill.errors import ConfigError, DataError
 from distill.hf import DistillationTrainer
-from tests.support import build_model, make_tokenizer
+from tests.support import build_model, make_tokenizer, two_workers
 from tests.test_hf import LOSS, Gradients, dense, some
 
 pytestmark = [
@@ -172,14 +171,7 @@ def test_a_resumed_run_is_the_same(readers: int, small_store: Path, tmp_path: Pa
 
 def test_two_workers_are_one(small_store: Path, tmp_path: Path) -> None:
     """Evaluation, a step with accumulation and gradient checkpointing, a head that is trained, and epochs."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_trl"])
-    workers = [context.Process(target=_worker, args=(small_store, tmp_path, rank)) for rank in range(2)]
-    for process in workers:
-        process.start()
-    for process in workers:
-        process.join(120)
-        assert process.exitcode == 0
+    two_workers(_worker, small_store, tmp_path)
     one, two = _step(small_store, tmp_path, 4), torch.load(tmp_path / "two.pt")
     assert two.pop("epochs") == [list(range(first, first + 8)) for first in (18, 26)]
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)

